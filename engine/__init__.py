@@ -1,0 +1,1 @@
+"""Slides to tile features: readers, tissue, tiling, encoders, stores. No training, no adapter."""

@@ -1,0 +1,1 @@
+"""Tile encoders: a registry with enforced metadata, and one runtime per file."""

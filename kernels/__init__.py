@@ -1,0 +1,38 @@
+"""GPU and CPU kernels of ModalTune: torch in, torch out.
+
+Inert on purpose: transformers imports a module called `kernels` when it finds one on the path, so
+importing this package does nothing. Public functions are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "alibi_attention": "alibi_attn",
+    "dilated_attention": "dilated_attn",
+    "embed_positions": "position_embed",
+    "extract": "extraction",
+    "inject": "injection",
+    "normalize_tiles": "tile_norm",
+    "pathway_mlp": "grouped_mlp",
+}
+
+__all__ = list(_LAZY)  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention
+    from modaltune.kernels.dilated_attn.api import dilated_attention as dilated_attention
+    from modaltune.kernels.extraction.api import extract as extract
+    from modaltune.kernels.grouped_mlp.api import pathway_mlp as pathway_mlp
+    from modaltune.kernels.injection.api import inject as inject
+    from modaltune.kernels.position_embed.api import embed_positions as embed_positions
+    from modaltune.kernels.tile_norm.api import normalize_tiles as normalize_tiles
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}.api"), name)

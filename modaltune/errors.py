@@ -1,0 +1,28 @@
+"""Errors of the whole package under one roof; those of slides and files come from the engine."""
+
+from modaltune.engine.errors import (
+    FeatureFileError,
+    InputError,
+    MissingMppError,
+    SlideError,
+    WeightsError,
+)
+
+
+class CheckpointError(InputError):
+    """A checkpoint does not belong to this architecture, or is damaged."""
+
+
+class CohortError(InputError):
+    """Tables, labels or records of a cohort contradict each other or the rules of the format."""
+
+
+__all__ = [
+    "CheckpointError",
+    "CohortError",
+    "FeatureFileError",
+    "InputError",
+    "MissingMppError",
+    "SlideError",
+    "WeightsError",
+]

@@ -1,0 +1,1 @@
+"""Frozen slide-level foundation models behind one protocol (embed, blocks, pool)."""

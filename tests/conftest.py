@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests: where the shared data lies, and what its absence means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `shared` where the data is absent, unless CI demands the data."""
+    if SHARED.is_dir() or os.environ.get("MODALTUNE_REQUIRE_SHARED") == "1":
+        return
+    skip = pytest.mark.skip(reason=f"shared data folder not found at {SHARED.name}/ beside the checkout")
+    for item in items:
+        if "shared" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The shared data folder beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.fail("MODALTUNE_REQUIRE_SHARED=1, but ../shared is absent")
+    return SHARED
