@@ -18,7 +18,7 @@ _LAZY = {
     "pathway_mlp": "grouped_mlp",
 }
 
-__all__ = list(_LAZY)  # noqa: PLE0604
+__all__ = list(_LAZY)
 
 if TYPE_CHECKING:
     from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention

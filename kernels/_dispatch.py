@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 IMPLS = ("auto", "triton", "cpu", "reference")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(op: str, impl: str, why: str) -> None:
     logger.info("%s: using the %s path (%s)", op, impl, why)
 

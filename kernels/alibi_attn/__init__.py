@@ -1,0 +1,1 @@
+"""Attention with a two-dimensional ALiBi bias computed from grid cells (TITAN)."""

@@ -1,0 +1,1 @@
+"""Tile normalisation: uint8 tiles to standardised network input."""

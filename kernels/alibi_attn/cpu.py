@@ -1,0 +1,171 @@
+"""Attention with a two-dimensional ALiBi bias on the CPU, in memory linear in the sequence.
+
+The bias exists for one block of query rows and heads at a time, in a buffer of fixed size.
+Forward: ATen's fused CPU attention, which also returns lse_ih = log sum_j exp(s_ijh) with
+s_ijh = scale * q_ih . k_jh - slope_h * |g_i - g_j|. Backward, block by block, from lse alone:
+
+    p = exp(s - lse)   dv = p^T do   ds = p * (do v^T - rowsum(do * o))   dq = scale * ds k
+    dk = scale * ds^T q
+
+Half precision inputs are computed in float32: a bias of -100 has no fraction bits in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# One block of bias; the backward pass holds two such buffers.
+BLOCK_BYTES = 32 * 2**20
+
+# Fewer query rows than this starve the matrix products, so heads are split before rows are.
+MIN_BLOCK_ROWS = 128
+
+
+def _block_shape(n: int, num_heads: int, itemsize: int) -> tuple[int, int]:
+    """Return (query rows, heads) of a block of bias `[heads, rows, n]` that fits BLOCK_BYTES."""
+    budget = BLOCK_BYTES // itemsize
+    heads = min(num_heads, max(1, budget // (min(n, MIN_BLOCK_ROWS) * n)))
+    rows = min(n, max(1, budget // (heads * n)))
+    return rows, heads
+
+
+def _bias_blocks(
+    grid: Tensor, slopes: Tensor, num_prefix: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows, heads, bias `[heads, rows, n]`) over one sequence, reusing one buffer.
+
+    The bias is the consumer's to overwrite. Distances are computed once per block of rows.
+    """
+    n, num_heads = grid.shape[0], slopes.numel()
+    block_rows, block_heads = _block_shape(n, num_heads, slopes.element_size())
+    buffer = slopes.new_empty(block_heads * block_rows * n)
+    # Relative to a tile of the sequence (the last row is one if any is), float32 is exact for
+    # cells less than 2^24 apart, wherever the grid begins.
+    x, y = (grid - grid[-1]).to(slopes.dtype).unbind(1)
+    for start in range(0, n, block_rows):
+        rows = slice(start, min(start + block_rows, n))
+        dx, dy = x[rows, None] - x, y[rows, None] - y
+        distance = dx.square_().addcmul_(dy, dy).sqrt_()  # [rows, n]
+        distance[: max(0, num_prefix - start)] = 0
+        distance[:, :num_prefix] = 0
+        for first in range(0, num_heads, block_heads):
+            heads = slice(first, min(first + block_heads, num_heads))
+            shape = (heads.stop - first, rows.stop - start, n)
+            bias = buffer[: shape[0] * shape[1] * n].view(shape)
+            torch.mul(distance, -slopes[heads, None, None], out=bias)
+            yield rows, heads, bias
+
+
+def _sequences(offsets: Tensor) -> Iterator[slice]:
+    return (slice(a, b) for a, b in pairwise(offsets.tolist()) if a < b)
+
+
+def _head_major(tensor: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return one sequence of packed `[N, H, d]` as contiguous `[H, n, d]`."""
+    return tensor[rows].transpose(0, 1).to(dtype).contiguous()
+
+
+class _AlibiAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Tensor,
+        slopes: Tensor,
+        offsets: Tensor,
+        num_prefix: int,
+        scale: float,
+    ) -> Tensor:
+        """Return `[N, H, d]`; `slopes` carries the dtype of the computation."""
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = slopes.new_empty(q.shape[:2])
+        with torch.autocast("cpu", enabled=False):
+            for seq in _sequences(offsets):
+                q_s, k_s, v_s = (_head_major(t, seq, slopes.dtype) for t in (q, k, v))
+                out_s, lse_s = out[seq], lse[seq]
+                for rows, heads, bias in _bias_blocks(grid[seq], slopes, num_prefix):
+                    o, o_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                        q_s[None, heads, rows],
+                        k_s[None, heads],
+                        v_s[None, heads],
+                        attn_mask=bias[None],
+                        scale=scale,
+                    )
+                    out_s[rows, heads] = o[0].transpose(0, 1).to(out.dtype)
+                    lse_s[rows, heads] = o_lse[0].transpose(0, 1)
+        ctx.save_for_backward(q, k, v, grid, slopes, offsets, out, lse)
+        ctx.num_prefix, ctx.scale = num_prefix, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v `[N, H, d]`; the bias has none."""
+        q, k, v, grid, slopes, offsets, out, lse = ctx.saved_tensors
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        with torch.autocast("cpu", enabled=False):
+            for seq in _sequences(offsets):
+                packed = [_head_major(t, seq, slopes.dtype) for t in (q, k, v, out, grad_out)]
+                blocks = _bias_blocks(grid[seq], slopes, ctx.num_prefix)
+                of_seq = _sequence_backward(packed, lse[seq].t(), blocks, ctx.scale)
+                for grad, grad_s in zip(grads, of_seq, strict=True):
+                    grad[seq] = grad_s.transpose(0, 1).to(grad.dtype)
+        return (*grads, None, None, None, None, None)
+
+
+def _sequence_backward(
+    packed: list[Tensor],
+    lse: Tensor,
+    blocks: Iterator[tuple[slice, slice, Tensor]],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv `[H, n, d]` of one sequence.
+
+    Args:
+        packed: q, k, v, out and the gradient of out, each `[H, n, d]` contiguous.
+        lse: `[H, n]` log-sum-exp of the scores of each query.
+        blocks: Blocks of bias, overwritten with the attention weights.
+        scale: Factor of q . k.
+    """
+    q, k, v, out, grad_out = packed
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    delta = (grad_out * out).sum(-1)  # [H, n]
+    scratch: Tensor | None = None
+    for rows, heads, p in blocks:
+        if scratch is None:
+            scratch = torch.empty_like(p).flatten()
+        q_b, do_b = q[heads, rows], grad_out[heads, rows]  # [heads, rows, d]
+        p.baddbmm_(q_b, k[heads].transpose(1, 2), alpha=scale)
+        p.sub_(lse[heads, rows, None]).exp_()
+        dv[heads].baddbmm_(p.transpose(1, 2), do_b)
+        ds = scratch[: p.numel()].view(p.shape)  # the first block is the largest
+        torch.bmm(do_b, v[heads].transpose(1, 2), out=ds)
+        ds.sub_(delta[heads, rows, None]).mul_(p)
+        dq[heads, rows] = torch.bmm(ds, k[heads]).mul_(scale)
+        dk[heads].baddbmm_(ds.transpose(1, 2), q_b, alpha=scale)
+    return dq, dk, dv
+
+
+def alibi_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Tensor,
+    slopes: Tensor,
+    offsets: Tensor,
+    num_prefix: int,
+    scale: float,
+) -> Tensor:
+    """Return `[N, H, d]`; arguments as in `alibi_attention`, checked and without defaults."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _AlibiAttention.apply(
+        q, k, v, grid, slopes.detach().to(dtype), offsets, num_prefix, scale
+    )

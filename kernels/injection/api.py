@@ -1,0 +1,99 @@
+"""Injector: tiles attend to modal tokens, gated into the slide encoder's stream."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels.injection.cpu import inject_cpu
+from modaltune.kernels.injection.reference import inject_reference
+
+
+def inject(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gamma: Tensor,
+    *,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    num_heads: int,
+    offsets: Tensor | None = None,
+    num_prefix: int = 0,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> Tensor:
+    """Let every tile attend to its case's modal tokens: `x + gamma * (x + attn(LN(x)))`.
+
+    Query and output projections come folded (`[E, D]` and `[D, E]`): a product of the adapter's
+    two linear maps on either side, which is exact and a quarter of the work.
+
+    Args:
+        x: `[N, D]` tokens of all cases, packed.
+        keys: `[B, G, E]` projected keys of the modal tokens; E is heads x head width.
+        values: `[B, G, E]` projected values.
+        gamma: `[D]` gate; zero leaves the stream untouched.
+        norm_weight: `[D]` LayerNorm scale on the tiles.
+        norm_bias: `[D]` LayerNorm shift.
+        query_weight: `[E, D]` folded query projection.
+        query_bias: `[E]`.
+        output_weight: `[D, E]` folded output projection.
+        output_bias: `[D]`.
+        num_heads: Attention heads; divides E.
+        offsets: `[B + 1]` integer rows of each case; None for one case.
+        num_prefix: Rows at the start of each case (cls) that pass through unchanged.
+        key_mask: `[B, G]` bool, False for tokens of a missing modality. A case without any token
+            passes through unchanged.
+        eps: LayerNorm epsilon.
+        impl: `auto`, `triton`, `cpu` or `reference`.
+
+    Returns:
+        `[N, D]` in the dtype of `x`.
+
+    Raises:
+        ValueError: Shapes contradict each other.
+        RuntimeError: The implementation asked for can't run here.
+
+    Source: ModalTune (Ramanathan et al., 2025), injector of the Modal Adapter.
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None))
+    check_shape("keys", keys, (None, None, None))
+    cases, tokens, inner = keys.shape
+    width = x.shape[1]
+    check_shape("values", values, (cases, tokens, inner))
+    check_shape("query_weight", query_weight, (inner, width))
+    check_shape("output_weight", output_weight, (width, inner))
+    if key_mask is not None:
+        check_shape("key_mask", key_mask, (cases, tokens))
+    require(inner % num_heads == 0, f"num_heads must divide {inner}, got {num_heads}")
+    bounds = check_offsets(offsets, x.shape[0])
+    require(
+        bounds.numel() == cases + 1,
+        f"offsets must hold one row range per case ({cases}), got {bounds.numel() - 1}",
+    )
+    chosen = choose_impl("inject", impl, x.device, ("cpu", "reference"))
+    run = inject_cpu if chosen == "cpu" else inject_reference
+    return run(
+        x,
+        keys,
+        values,
+        gamma,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        query_weight=query_weight,
+        query_bias=query_bias,
+        output_weight=output_weight,
+        output_bias=output_bias,
+        num_heads=num_heads,
+        offsets=bounds,
+        num_prefix=num_prefix,
+        key_mask=key_mask,
+        eps=eps,
+    )

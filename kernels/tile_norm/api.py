@@ -1,0 +1,102 @@
+"""Public entry of tile normalisation: uint8 tiles in, standardised network input out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modaltune.kernels._checks import check_shape, require
+from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels.tile_norm.cpu import normalize_tiles_cpu
+from modaltune.kernels.tile_norm.reference import normalize_tiles_reference, resized_size
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        good = len(values) == 3 and all(math.isfinite(v) for v in values)
+        require(good, f"{name} must be three finite numbers, one per channel, got {tuple(values)}")
+    require(all(v > 0 for v in std), f"std must be > 0 in every channel, got {tuple(std)}")
+
+
+def _check_geometry(height: int, width: int, resize_px: int | None, crop_px: int | None) -> None:
+    require(height > 0 and width > 0, f"tiles must have pixels, got {height} x {width}")
+    for name, value in (("resize_px", resize_px), ("crop_px", crop_px)):
+        require(value is None or value > 0, f"{name} must be a positive number of px, got {value}")
+    rows, columns = resized_size(height, width, resize_px)
+    if crop_px is None:
+        require(
+            rows == columns,
+            f"tiles must be square where crop_px is None, got {rows} x {columns}; give crop_px",
+        )
+    else:
+        require(
+            crop_px <= min(rows, columns),
+            f"crop_px must be at most the tile's {rows} x {columns} px after resize, got "
+            f"{crop_px}; give resize_px or larger tiles",
+        )
+
+
+def normalize_tiles(
+    tiles: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize_px: int | None = None,
+    crop_px: int | None = None,
+    interpolation: str = "bicubic",
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """Turn uint8 tiles into the standardised input of an image network.
+
+    The shorter edge is resized to `resize_px` (antialiased, clamped to [0, 255], not rounded), the
+    centre `crop_px` square is kept, and `(x / 255 - mean) / std` is written channels first. An
+    edge that is already `resize_px` long is not touched.
+
+    Args:
+        tiles: `[n, h, w, 3]` uint8 RGB, values 0..255; n may be 0.
+        mean: Three channel means on the scale 0..1.
+        std: Three channel standard deviations on the scale 0..1, > 0.
+        resize_px: Shorter edge after the resize in px, or None to keep the tile's size.
+        crop_px: Side of the centre crop in px, or None to keep everything (square tiles only).
+        interpolation: `bilinear` or `bicubic`.
+        dtype: float16, bfloat16, float32 or float64. The work is done in float32 (float64 for
+            float64) and rounded once at the end.
+        impl: `auto`, `cpu` or `reference`.
+
+    Returns:
+        `[n, 3, p, p]` of `dtype` on the device of `tiles`, channels last in memory, with p the
+        crop or the resized side.
+
+    Raises:
+        TypeError: `tiles` is not uint8 or `dtype` is none of the four.
+        ValueError: Shapes, statistics, geometry, interpolation or impl break the rules above.
+        RuntimeError: `impl` was asked for by name and can't run here.
+
+    Source:
+        The evaluation transforms of torchvision and timm (Resize, CenterCrop, ToTensor, Normalize).
+    """
+    if tiles.dtype != torch.uint8:
+        raise TypeError(f"tiles must be uint8 RGB, got {tiles.dtype}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be a floating point type of 16 to 64 bits, got {dtype}")
+    check_shape("tiles", tiles, (None, None, None, 3))
+    _check_statistics(mean, std)
+    _check_geometry(tiles.shape[1], tiles.shape[2], resize_px, crop_px)
+    require(
+        interpolation in INTERPOLATIONS,
+        f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}",
+    )
+    chosen = choose_impl("normalize_tiles", impl, tiles.device, ("cpu", "reference"))
+    run = normalize_tiles_cpu if chosen == "cpu" else normalize_tiles_reference
+    if tiles.shape[0] == 0:
+        # The resize has no kernel for an empty batch.
+        side = crop_px or resize_px or tiles.shape[1]
+        return torch.empty((0, 3, side, side), dtype=dtype, device=tiles.device)
+    return run(tiles, tuple(mean), tuple(std), resize_px, crop_px, interpolation, dtype)

@@ -1,0 +1,328 @@
+"""The Modal Adapter: injectors and extractors between the blocks of a frozen slide encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from modaltune.kernels import extract, inject
+from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
+from modaltune.stochastic import drop_path
+
+
+class AdapterConfig(BaseModel):
+    """Shape of a Modal Adapter; the defaults are the published Prov-GigaPath configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heads: int = Field(12, gt=0, description="attention heads of injectors and extractors")
+    bottleneck: float | None = Field(
+        0.25, description="inner width as a share of D; None for full width without FFN"
+    )
+    interactions: tuple[tuple[int, int], ...] = Field(
+        ((0, 3), (4, 7), (8, 11)), description="first and last encoder block of each interaction"
+    )
+    use_extra_extractors: bool = Field(True, description="two more extractors after the last")
+    use_self_attention: bool = Field(True, description="modal tokens attend to each other")
+    drop_path_rate: float = Field(0.1, ge=0, lt=1, description="on extractor FFNs, in training")
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterConfig:
+        flat = [block for pair in self.interactions for block in pair]
+        if not flat or flat != sorted(flat) or flat[0] < 0:
+            raise ValueError(f"interactions must be rising block ranges, got {self.interactions}")
+        if any(
+            a[1] >= b[0] for a, b in zip(self.interactions, self.interactions[1:], strict=False)
+        ):
+            raise ValueError(f"interactions must not overlap, got {self.interactions}")
+        if self.bottleneck is not None and not 0 < self.bottleneck <= 1:
+            raise ValueError(f"bottleneck must lie in (0, 1] or be None, got {self.bottleneck}")
+        return self
+
+
+def _linear(out_features: int, in_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class BottleneckAttention(nn.Module):
+    """Multi-head attention of inner width E between streams of width D.
+
+    Queries go D -> E -> E, keys and values D -> E, the result E -> E -> D. Two linear maps in a row
+    are folded into one wherever they meet tiles: exact, and a quarter of the work. Without a
+    bottleneck E = D and the outer maps (`reduce`, `expand`) are absent.
+    """
+
+    def __init__(self, width: int, heads: int, bottleneck: float | None) -> None:
+        super().__init__()
+        inner = width if bottleneck is None else int(width * bottleneck)
+        if inner % heads:
+            raise ValueError(f"adapter heads must divide the inner width {inner}, got {heads}")
+        self.heads = heads
+        self.reduce = None if bottleneck is None else _linear(inner, width)
+        self.expand = None if bottleneck is None else _linear(width, inner)
+        self.query = _linear(inner, inner)
+        self.key = _linear(inner, width)
+        self.value = _linear(inner, width)
+        self.out = _linear(inner, inner)
+
+    def query_map(self) -> tuple[Tensor, Tensor]:
+        """Return the folded query projection: weight `[E, D]` and bias `[E]`."""
+        if self.reduce is None:
+            return self.query.weight, self.query.bias
+        weight = self.query.weight @ self.reduce.weight
+        return weight, F.linear(self.reduce.bias, self.query.weight, self.query.bias)
+
+    def output_map(self) -> tuple[Tensor, Tensor]:
+        """Return the folded output projection: weight `[D, E]` and bias `[D]`."""
+        if self.expand is None:
+            return self.out.weight, self.out.bias
+        weight = self.expand.weight @ self.out.weight
+        return weight, F.linear(self.out.bias, self.expand.weight, self.expand.bias)
+
+    def project_queries(self, x: Tensor) -> Tensor:
+        """Project `[..., D]` to queries `[..., E]` without folding (few rows)."""
+        return self.query(x if self.reduce is None else self.reduce(x))
+
+    def project_output(self, x: Tensor) -> Tensor:
+        """Project attended values `[..., E]` to `[..., D]` without folding (few rows)."""
+        x = self.out(x)
+        return x if self.expand is None else self.expand(x)
+
+
+class Injector(nn.Module):
+    """Tiles attend to modal tokens; a gate that starts at zero lets the answer in."""
+
+    def __init__(self, width: int, heads: int, bottleneck: float | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.norm_kv = nn.LayerNorm(width)
+        self.attn = BottleneckAttention(width, heads, bottleneck)
+        self.gamma = nn.Parameter(torch.zeros(width))
+        self.impl = "auto"
+
+    def forward(
+        self, tokens: SlideTokens, modal: Tensor, positions: Tensor, key_mask: Tensor | None
+    ) -> SlideTokens:
+        """Return tokens with tiles updated; `modal` `[B, G, D]`, `positions` `[G, D]`.
+
+        The positions go on keys and values alike, as published.
+        """
+        kv = self.norm_kv(modal) + positions
+        query_weight, query_bias = self.attn.query_map()
+        output_weight, output_bias = self.attn.output_map()
+        return tokens.with_x(
+            inject(
+                tokens.x,
+                self.attn.key(kv),
+                self.attn.value(kv),
+                self.gamma,
+                norm_weight=self.norm.weight,
+                norm_bias=self.norm.bias,
+                query_weight=query_weight,
+                query_bias=query_bias,
+                output_weight=output_weight,
+                output_bias=output_bias,
+                num_heads=self.attn.heads,
+                offsets=tokens.offsets,
+                num_prefix=tokens.num_prefix,
+                key_mask=key_mask,
+                eps=self.norm.eps,
+                impl=self.impl,
+            )
+        )
+
+
+class ExtractorFFN(nn.Module):
+    """Pre-norm ReLU network D -> E -> D, without a residual of its own."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, inner)
+        self.linear2 = nn.Linear(inner, width)
+        for layer in (self.linear1, self.linear2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., D]`."""
+        return self.linear2(F.relu(self.linear1(self.norm(x))))
+
+
+class Extractor(nn.Module):
+    """Modal tokens attend to all tiles of their case, then pass an FFN."""
+
+    def __init__(
+        self, width: int, heads: int, bottleneck: float | None, drop_path_rate: float
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.norm_kv = nn.LayerNorm(width)
+        self.attn = BottleneckAttention(width, heads, bottleneck)
+        self.ffn = None if bottleneck is None else ExtractorFFN(width, int(width * bottleneck))
+        self.drop_path_rate = drop_path_rate
+        self.impl = "auto"
+
+    def forward(self, modal: Tensor, positions: Tensor, tokens: SlideTokens) -> Tensor:
+        """Return `[B, G, D]`: `2 c + attention`, then plus the FFN of that.
+
+        The doubled `c` is the published residual inside plus the one outside.
+        """
+        queries = self.attn.project_queries(self.norm(modal) + positions)
+        attended = extract(
+            queries,
+            tokens.x,
+            norm_weight=self.norm_kv.weight,
+            norm_bias=self.norm_kv.bias,
+            kv_weight=torch.cat([self.attn.key.weight, self.attn.value.weight]),
+            kv_bias=torch.cat([self.attn.key.bias, self.attn.value.bias]),
+            num_heads=self.attn.heads,
+            offsets=tokens.offsets,
+            num_prefix=tokens.num_prefix,
+            eps=self.norm_kv.eps,
+            impl=self.impl,
+        )
+        modal = 2 * modal + self.attn.project_output(attended)
+        if self.ffn is None:
+            return modal
+        return modal + drop_path(self.ffn(modal), self.drop_path_rate, self.training)
+
+
+class PromptSelfAttention(nn.Module):
+    """Modal tokens attend to each other; positions on queries and keys, not on values."""
+
+    def __init__(self, width: int, heads: int, bottleneck: float | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attn = BottleneckAttention(width, heads, bottleneck)
+
+    def forward(self, modal: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Return `[B, G, D]`; `mask` `[B, G, G]` is True where a query may see a key.
+
+        A token that may see nothing keeps its value.
+        """
+        normed = self.norm(modal)
+        placed = normed + positions
+        q, k, v = (
+            t.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+            for t in (
+                self.attn.project_queries(placed),
+                self.attn.key(placed),
+                self.attn.value(normed),
+            )
+        )
+        if mask is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+            return modal + self.attn.project_output(out.transpose(1, 2).flatten(2))
+        seen = mask.any(dim=-1)
+        # A row without keys would be NaN: let it see everything, and throw the answer away.
+        out = F.scaled_dot_product_attention(q, k, v, (mask | ~seen.unsqueeze(-1)).unsqueeze(1))
+        update = self.attn.project_output(out.transpose(1, 2).flatten(2))
+        return modal + torch.where(seen.unsqueeze(-1), update, torch.zeros_like(update))
+
+
+class InteractionBlock(nn.Module):
+    """Injector, a range of encoder blocks, extractor (and extra extractors on the last one)."""
+
+    def __init__(
+        self, width: int, config: AdapterConfig, first: int, last: int, extra: int
+    ) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+        self.injector = Injector(width, config.heads, config.bottleneck)
+        self.extractor = self._extractor(width, config)
+        self.extra_extractors = nn.ModuleList(self._extractor(width, config) for _ in range(extra))
+
+    @staticmethod
+    def _extractor(width: int, config: AdapterConfig) -> Extractor:
+        return Extractor(width, config.heads, config.bottleneck, config.drop_path_rate)
+
+    def forward(
+        self,
+        encoder: SlideEncoder,
+        tokens: SlideTokens,
+        modal: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None,
+    ) -> tuple[SlideTokens, Tensor]:
+        """Return tile tokens after the blocks and modal tokens `[B, G, D]` after extraction."""
+        tokens = self.injector(tokens, modal, positions, key_mask)
+        tokens = encoder.blocks(tokens, self.first, self.last)
+        for extractor in (self.extractor, *self.extra_extractors):
+            modal = extractor(modal, positions, tokens)
+        return tokens, modal
+
+
+class ModalAdapter(nn.Module):
+    """All interactions of a slide encoder with the modal tokens."""
+
+    def __init__(self, width: int, depth: int, config: AdapterConfig) -> None:
+        super().__init__()
+        if config.interactions[-1][1] >= depth:
+            raise ValueError(
+                f"interactions must lie within the encoder's {depth} blocks, got "
+                f"{config.interactions}"
+            )
+        ranges: Sequence[tuple[int, int]] = config.interactions
+        extra = 2 if config.use_extra_extractors else 0
+        self.blocks = nn.ModuleList(
+            InteractionBlock(width, config, a, b, extra if n == len(ranges) - 1 else 0)
+            for n, (a, b) in enumerate(ranges)
+        )
+        # Slot n stands before interaction n; the first has none, as published.
+        self.self_attention = nn.ModuleList(
+            PromptSelfAttention(width, config.heads, config.bottleneck)
+            for _ in (ranges[1:] if config.use_self_attention else ())
+        )
+
+    @property
+    def first_block(self) -> int:
+        """Index of the encoder block before which the first injector stands."""
+        return int(self.blocks[0].first)
+
+    def forward(
+        self,
+        encoder: SlideEncoder,
+        tokens: SlideTokens | None,
+        modal: Tensor,
+        positions: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        self_mask: Tensor | None = None,
+        with_tiles: Tensor | None = None,
+    ) -> tuple[SlideTokens | None, Tensor]:
+        """Run all interactions.
+
+        Args:
+            encoder: The frozen slide encoder whose blocks are run.
+            tokens: Tile tokens of the cases that have tiles, before the first interaction; None
+                when no case has any.
+            modal: `[B, G, D]` modal tokens of all cases.
+            positions: `[G, D]` learned positions of the modal tokens.
+            key_mask: `[B, G]` bool, tokens that tiles may attend to; None for all.
+            self_mask: `[B, G, G]` bool, which token may see which; None for all.
+            with_tiles: `[C]` indices of the cases in `tokens`, or None when all have tiles. Cases
+                without tiles skip injectors and extractors.
+
+        Returns:
+            Tile tokens and modal tokens after the last interaction.
+        """
+        for n, block in enumerate(self.blocks):
+            if n > 0 and len(self.self_attention):
+                modal = self.self_attention[n - 1](modal, positions, self_mask)
+            if tokens is None:
+                continue
+            if with_tiles is None:
+                tokens, modal = block(encoder, tokens, modal, positions, key_mask)
+                continue
+            mask = None if key_mask is None else key_mask[with_tiles]
+            tokens, updated = block(encoder, tokens, modal[with_tiles], positions, mask)
+            modal = modal.index_copy(0, with_tiles, updated)
+        return tokens, modal

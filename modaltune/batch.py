@@ -1,0 +1,112 @@
+"""What goes into the model: the tiles of several cases, packed, and their modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modaltune.errors import InputError
+
+if TYPE_CHECKING:
+    from modaltune.model import ModalTune
+
+
+@dataclass(frozen=True)
+class CaseBatch:
+    """B cases of any length, without padding.
+
+    Attributes:
+        tiles: `[N, in_features]` tile features of all cases, case after case.
+        positions_px: `[N, 2]` `(x, y)` of the tiles' corners, px of the position convention.
+        offsets: `[B + 1]` int64 on the CPU; case b owns rows `offsets[b]:offsets[b + 1]`, which
+            may be none.
+        modalities: Values by name, `[B, ...]` each; rows of cases without it may hold anything.
+        present: `[B]` bool by name, which cases have the modality; all of them unless given.
+        case_ids: Ids for messages; numbers unless given.
+    """
+
+    tiles: Tensor
+    positions_px: Tensor
+    offsets: Tensor
+    modalities: Mapping[str, Tensor] = field(default_factory=dict)
+    present: Mapping[str, Tensor] = field(default_factory=dict)
+    case_ids: tuple[str, ...] = ()
+
+    @property
+    def num_cases(self) -> int:
+        """Number of cases B."""
+        return self.offsets.numel() - 1
+
+    def case_id(self, index: int) -> str:
+        """Return the id of one case, for messages."""
+        return self.case_ids[index] if self.case_ids else str(index)
+
+    def modality(self, name: str) -> tuple[Tensor | None, Tensor]:
+        """Return the values `[B, ...]` of a modality (None if no case has it) and who has it.
+
+        Values of cases without the modality come back as zeros: whatever stood there (NaN too)
+        can't leak into a sum.
+        """
+        values = self.modalities.get(name)
+        if values is None:
+            return None, torch.zeros(self.num_cases, dtype=torch.bool)
+        present = self.present.get(name)
+        if present is None:
+            return values, torch.ones(self.num_cases, dtype=torch.bool)
+        shape = (-1, *[1] * (values.dim() - 1))
+        kept = torch.where(present.to(values.device).reshape(shape), values, values.new_zeros(()))
+        return kept, present
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> CaseBatch:
+        """Return the batch with tensors on `device` and floats as `dtype`; offsets stay put."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None)
+
+        return replace(
+            self,
+            tiles=move(self.tiles),
+            positions_px=self.positions_px.to(device),
+            modalities={name: move(t) for name, t in self.modalities.items()},
+        )
+
+    def check(self, model: ModalTune) -> None:
+        """Raise InputError where this batch does not fit the model.
+
+        Raises:
+            InputError: Wrong widths, non-finite values, unknown modalities, broken offsets; the
+                message names the case.
+        """
+        width = model.slide_encoder.in_features
+        if self.tiles.dim() != 2 or (self.tiles.shape[0] and self.tiles.shape[1] != width):
+            raise InputError(
+                f"tile features must be [N, {width}] for this slide encoder, got "
+                f"{list(self.tiles.shape)}; embed the slides with the tile encoder it was made for"
+            )
+        bounds = self.offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != self.tiles.shape[0] or bounds != sorted(bounds):
+            raise InputError(
+                f"offsets must rise from 0 to {self.tiles.shape[0]} rows of tiles, got {bounds[:8]}"
+            )
+        unknown = set(self.modalities) - set(model.modalities)
+        if unknown:
+            raise InputError(
+                f"modalities must be among {sorted(model.modalities)}, got {sorted(unknown)}; "
+                "pass further ones to ModalTune(extra_modalities=...)"
+            )
+        for name in self.modalities:
+            values, present = self.modality(name)
+            if values is None or values.shape[0] != self.num_cases:
+                got = None if values is None else values.shape[0]
+                raise InputError(f"{name} must have {self.num_cases} rows, one a case, got {got}")
+            bad = ~torch.isfinite(values).reshape(self.num_cases, -1).all(dim=1)
+            if bool(bad.any()):
+                first = self.case_id(int(bad.nonzero()[0]))
+                raise InputError(
+                    f"{name} must be finite, got NaN or infinity in {int(bad.sum())} case(s), the "
+                    f"first is {first}; impute the values or leave the modality of that case out"
+                )

@@ -1,0 +1,128 @@
+"""The whole model of a golden case: outputs, intermediates, loss, gradients and one AdamW step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modaltune import reference_import as ref
+from modaltune.batch import CaseBatch
+from modaltune.golden_cases import Answers, Inputs
+from modaltune.model import ModalTune
+from modaltune.reference_config import config_from_reference
+from modaltune.targets import load_reference_projector
+from modaltune.train import TrainConfig, compute_loss, make_optimizer, train_step
+
+
+def full_model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> Answers:
+    """Recompute a case of kind `full_model`, through the training loop's own steps."""
+    model, batch = _model(inputs, meta, impl)
+    targets = load_reference_projector(inputs.group("projector/"), prefix="").project(
+        inputs["in/text"]
+    )
+    recipe = TrainConfig(
+        lr=meta["lr"],
+        weight_decay=meta["weight_decay"],
+        betas=tuple(meta["betas"]),
+        eps=meta["adam_eps"],
+        temperature=meta["loss"]["temperature"],
+        loss_factor=meta["loss"]["factor"],
+    )
+    answers: Answers = {"out/text_projected_normalised": targets}
+    answers.update(_intermediates(model, batch, meta["capture_task"]))
+    rows = targets[list(meta["label_rows"])][None]
+    if not meta.get("train"):
+        with torch.no_grad():
+            outputs, loss = compute_loss(model, batch, rows, recipe)
+        return {**answers, "out/logits": outputs[0], "out/loss": loss.reshape(1)}
+
+    optimizer = make_optimizer(model, recipe)
+    outputs, loss = train_step(model, optimizer, batch, rows, recipe)
+    answers.update({"out/logits": outputs[0], "out/loss": loss.reshape(1)})
+    rules = ref.model_rules(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    answers.update({f"grad/{k}": g for k, g in ref.to_published(rules, grads).items()})
+    stepped = dict(model.named_parameters())
+    answers.update({f"step/{k}": p for k, p in ref.to_published(rules, stepped).items()})
+    with torch.no_grad():
+        outputs, loss = compute_loss(model, batch, rows, recipe)
+    answers.update({"out/logits_after_step": outputs[0], "out/loss_after_step": loss.reshape(1)})
+    return answers
+
+
+def _model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> tuple[ModalTune, CaseBatch]:
+    genes, sizes = inputs.genes()
+    model = ModalTune(
+        config_from_reference(meta),
+        gene_index=torch.arange(genes.shape[1]),
+        gene_offsets=torch.tensor([0, *sizes]).cumsum(0),
+    )
+    model.to(inputs.dtype).eval()
+    ref.model_from_reference(model, inputs.group("weights/"), meta["name"])
+    model.set_impl(impl)
+    modalities = {"genes": genes}
+    if meta.get("clinical"):
+        modalities["clinical"] = inputs["in/clinical"]
+    tiles = inputs["in/x"][0]
+    bounds = torch.tensor([0, tiles.shape[0]])
+    return model, CaseBatch(tiles, inputs["in/coords"][0], bounds, modalities)
+
+
+@torch.no_grad()
+def _intermediates(model: ModalTune, batch: CaseBatch, task: int) -> Answers:
+    """Run one task and return what the modules saw and made, under the stored names."""
+    seen: Answers = {}
+    handles = []
+
+    def after(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[f"mid/{name}"] = output.clone()
+
+        handles.append(module.register_forward_hook(hook))
+
+    def tokens_after(name: str, module: nn.Module, skip: int) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[f"mid/{name}"] = output.x[skip:][None].clone()
+
+        handles.append(module.register_forward_hook(hook))
+
+    def block_hooks(n: int, block: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[f"mid/prompt_sa.{n}"] = args[2].clone()
+
+        def done(_: nn.Module, __: Any, output: tuple[Any, Tensor]) -> None:
+            tokens, modal = output
+            seen[f"mid/interaction.{n}.cls"] = tokens.x[:1][None].clone()
+            seen[f"mid/interaction.{n}.x"] = tokens.x[1:][None].clone()
+            seen[f"mid/interaction.{n}.c"] = modal.clone()
+
+        handles.extend([block.register_forward_pre_hook(before), block.register_forward_hook(done)])
+
+    encoder: Any = model.slide_encoder
+    for i, layer in enumerate(encoder.layers):
+        tokens_after(f"longnet.{i}", layer, 0)
+    for n, block in enumerate(model.adapter.blocks):
+        block_hooks(n, block)
+        tokens_after(f"interaction.{n}.injector", block.injector, 1)
+        after(f"interaction.{n}.extractor", block.extractor)
+    genes: Any = model.modalities["genes"]
+    after("gene_encoder", genes.encoder)
+    if "clinical" in model.modalities:
+        after("clinical_token", model.modalities["clinical"])
+    if model.task_prompts is not None:
+        after("task_token", model.task_prompts)
+
+    def head_input(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["mid/final_norm_in"] = args[0].clone()
+
+    handles.append(model.head_norm.register_forward_pre_hook(head_input))
+    after("final_norm", model.head_norm)
+    model(batch, [task])
+    for handle in handles:
+        handle.remove()
+    seen["mid/patch_embed"] = encoder.patch_embed(batch.tiles)[None]
+    seen["mid/tokens_in"] = encoder.embed(batch.tiles, batch.positions_px, batch.offsets).x[None]
+    return seen

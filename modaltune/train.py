@@ -1,0 +1,174 @@
+"""The training loop: text targets, loss, AdamW, schedule, checkpoint. Reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from modaltune.batch import CaseBatch
+from modaltune.errors import InputError
+from modaltune.model import ModalTune
+from modaltune.schedule import learning_rate
+from modaltune.targets import distillation_loss
+
+
+class TrainConfig(BaseModel):
+    """Every knob of training; the defaults are the published recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(20, gt=0)
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    warmup_epochs: int = Field(10, ge=0, description="epochs of linear warm-up")
+    warmup_factor: float = Field(20.0, ge=1, description="warm-up starts at lr / this")
+    weight_decay: float = Field(5e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the distillation softmax")
+    loss_factor: float = Field(10.0, gt=0, description="weight of the distillation loss")
+    cases_per_step: int = Field(1, gt=0, description="cases per optimiser step; published: 1")
+    seed: int = Field(0, ge=0)
+
+
+class TrainingCases(Protocol):
+    """Cases to learn from: their tensors and the targets of their task prompts."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> CaseBatch:
+        """Return the packed tensors of some cases."""
+
+    def targets(self, indices: Sequence[int]) -> Tensor:
+        """Return unit target rows `[B, T, out_features]`, one per case and task prompt."""
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """What one epoch did: its number, learning rate, mean loss per case and cases seen."""
+
+    epoch: int
+    lr: float
+    loss: float
+    cases: int
+
+
+def make_optimizer(model: ModalTune, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW over every trainable tensor in one group, as published (biases decay too)."""
+    return torch.optim.AdamW(
+        model.trainable_parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def compute_loss(
+    model: ModalTune, batch: CaseBatch, targets: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Return raw embeddings `[B, T, out]` and the mean loss over cases (a scalar).
+
+    Args:
+        model: The model, in the mode it should run in.
+        batch: B cases.
+        targets: `[B, T, out]` unit rows.
+        config: Temperature and weight of the loss.
+    """
+    outputs = model(batch)
+    loss = distillation_loss(outputs, targets, config.temperature, config.loss_factor)
+    return outputs, loss.mean()
+
+
+def train_step(
+    model: ModalTune,
+    optimizer: torch.optim.Optimizer,
+    batch: CaseBatch,
+    targets: Tensor,
+    config: TrainConfig,
+) -> tuple[Tensor, Tensor]:
+    """Take one optimiser step; return the embeddings and the loss from before it."""
+    optimizer.zero_grad(set_to_none=True)
+    outputs, loss = compute_loss(model, batch, targets, config)
+    if not bool(torch.isfinite(loss)):
+        raise InputError(
+            f"loss must be finite, got {loss.item()} on cases {', '.join(batch.case_ids)}; check "
+            "their features, or lower the learning rate"
+        )
+    loss.backward()
+    optimizer.step()
+    return outputs.detach(), loss.detach()
+
+
+def fit(
+    model: ModalTune,
+    cases: TrainingCases,
+    config: TrainConfig,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[EpochLog]:
+    """Tune `model` on `cases`, in place.
+
+    Args:
+        model: Left in evaluation mode.
+        cases: Training cases with their targets.
+        config: The recipe; `seed` fixes order and dropout.
+        on_step: Called with steps done and steps in all.
+
+    Returns:
+        One entry per epoch.
+    """
+    if len(cases) == 0:
+        raise InputError("training cases must not be empty, got 0; check the split")
+    torch.manual_seed(config.seed)
+    order = torch.Generator().manual_seed(config.seed)
+    optimizer = make_optimizer(model, config)
+    per_epoch = -(-len(cases) // config.cases_per_step)
+    log = []
+    for epoch in range(config.epochs):
+        lr = learning_rate(
+            epoch,
+            epochs=config.epochs,
+            lr=config.lr,
+            warmup_epochs=config.warmup_epochs,
+            warmup_factor=config.warmup_factor,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        shuffled = torch.randperm(len(cases), generator=order)
+        total = 0.0
+        for step, chosen in enumerate(shuffled.split(config.cases_per_step)):
+            indices = chosen.tolist()
+            _, loss = train_step(
+                model, optimizer, cases.batch(indices), cases.targets(indices), config
+            )
+            total += float(loss) * len(indices)
+            if on_step is not None:
+                on_step(epoch * per_epoch + step + 1, config.epochs * per_epoch)
+        log.append(EpochLog(epoch, lr, total / len(cases), len(cases)))
+    model.eval()
+    return log
+
+
+@torch.inference_mode()
+def embed_cases(
+    model: ModalTune,
+    cases: TrainingCases,
+    indices: Sequence[int],
+    cases_per_batch: int = 1,
+    tasks: Sequence[int] | None = None,
+) -> Tensor:
+    """Return raw embeddings `[n, T, out_features]` float32 of some cases, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    parts = [
+        model(cases.batch(list(indices[i : i + cases_per_batch])), tasks).float()
+        for i in range(0, len(indices), cases_per_batch)
+    ]
+    model.train(was_training)
+    count = len(model.config.tasks if tasks is None else tasks)
+    return torch.cat(parts) if parts else torch.zeros(0, count, model.config.out_features)
