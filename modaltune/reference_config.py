@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modaltune.adapter import AdapterConfig
@@ -113,3 +113,98 @@ def config_from_reference(options: Mapping[str, Any]) -> ModalTuneConfig:
         out_features=options["output_dim"],
         position_convention="reference",
     )
+
+
+def options_from_state(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any], list[int]]:
+    """Read what the shapes of a published state_dict tell, and the pathway sizes.
+
+    Heads, grid and the ranges of the interactions are not in it: they come from the published
+    Prov-GigaPath configuration unless overridden.
+
+    Args:
+        shapes: Shape of every tensor by published name.
+
+    Returns:
+        Published options, and the number of genes of every pathway.
+
+    Raises:
+        CheckpointError: This is no published ModalTune state_dict; the message names what lacks.
+    """
+    needed = (
+        "patch_embed.proj.weight",
+        "final_norm.weight",
+        "final_project.weight",
+        "gene_encoder.gene_networks.0.0.0.weight",
+        "gene_encoder.pathway_compression.weight",
+        "interactions.0.injector.gamma",
+    )
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise CheckpointError(
+            "checkpoint must be a published ModalTune state_dict with a LongNet slide encoder, got "
+            f"none of {', '.join(missing)}; for a bare slide encoder see --slide-encoder-weights"
+        )
+
+    def count(prefix: str) -> int:
+        found = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
+        return len(found)
+
+    width, in_chans = shapes["patch_embed.proj.weight"]
+    networks = "gene_encoder.gene_networks."
+    pathways = count(networks)
+    sizes = [shapes[f"{networks}{i}.0.0.weight"][1] for i in range(pathways)]
+    mixers = len({n.split(".")[2] for n in shapes if n.endswith(".0.fn.0.weight")})
+    latent = shapes[f"{networks}0.0.0.weight"][0]
+    reduce = shapes.get("interactions.0.injector.attn.q_proj.weight")
+    tasks = shapes.get("task_weight.0.weight", (width, 1))[1]
+    clinical = shapes.get("clinical_mlp.0.weight")
+    gene = {
+        "latent_dim": latent,
+        "depth": mixers,
+        "final_groups": shapes["gene_encoder.pathway_compression.weight"][0],
+        "dropout": 0.25,
+        "expansion_groups": 0.5,
+        "expansion_dim": 0.5,
+    }
+    if mixers:
+        mixer = "gene_encoder.mlp_mixer.0."
+        gene["expansion_groups"] = _ratio(shapes[f"{mixer}0.fn.0.weight"][0], pathways)
+        gene["expansion_dim"] = _ratio(shapes[f"{mixer}1.fn.0.weight"][0], latent)
+    options = {
+        **PUBLISHED_GIGAPATH,
+        "in_chans": in_chans,
+        "embed_dim": width,
+        "depth": count("encoder.layers."),
+        "longnet": {"heads": 16, "ffn_dim": shapes["encoder.layers.0.ffn.fc1.weight"][0]},
+        "with_cffn": reduce is not None,
+        "cffn_ratio": 0.25 if reduce is None else _ratio(reduce[0], width),
+        "use_extra_extractor": any(".extra_extractors." in name for name in shapes),
+        "use_prompt_sa": any(name.startswith("prompt_selfattention.") for name in shapes),
+        "prompt_agg": "cls" if "gene_cls" in shapes else "avg",
+        "token_agg": "sum" if shapes["final_norm.weight"][0] == width else "cat",
+        "multi_task": tasks,
+        "clinical": clinical is not None,
+        "clinfeat_dim": 5 if clinical is None else clinical[1],
+        "output_dim": shapes["final_project.weight"][0],
+        "gene": gene,
+    }
+    return options, sizes
+
+
+def check_interactions(options: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError where the interaction ranges do not fit the checkpoint's blocks."""
+    found = len({n.split(".")[1] for n in shapes if n.startswith("interactions.")})
+    ranges = options["interaction_indexes"]
+    if len(ranges) != found or ranges[-1][1] >= options["depth"]:
+        raise CheckpointError(
+            f"interaction_indexes must name {found} ranges of the {options['depth']} layers, got "
+            f'{ranges}; give them with --config, as {{"interaction_indexes": [[0, 1], ...]}}'
+        )
+
+
+def _ratio(part: int, whole: int) -> float:
+    """Return a ratio that `int(whole * ratio)` turns back into `part`; a round one if it does."""
+    for ratio in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0):
+        if int(whole * ratio) == part:
+            return ratio
+    return (part + 0.5) / whole

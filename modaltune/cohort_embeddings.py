@@ -1,0 +1,121 @@
+"""Embeddings of a whole cohort: one Parquet table, a row per case and task prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from modaltune.cases import Case, Cohort, prepare_cases
+from modaltune.checkpoint import Run
+from modaltune.engine.atomic import atomic_path
+
+ALIKE = 0.98  # cosine above which two different cases count as the same embedding
+
+
+@dataclass(frozen=True)
+class CohortEmbeddings:
+    """Embeddings `[N, T, out_features]` of N cases, and how much they differ.
+
+    Attributes:
+        cases: The cases, in order.
+        values: `[N, T, out_features]` float32, not normalised.
+        alike_share: Share of pairs of cases whose general embeddings have cosine > 0.98, or None
+            for a single case. Near 1 the embedding does not tell patients apart.
+    """
+
+    cases: tuple[Case, ...]
+    values: Tensor
+    alike_share: float | None
+
+
+def embed_cohort(
+    run: Run,
+    cohort: Cohort,
+    case_ids: Sequence[str] | None = None,
+    on_case: Callable[[int, int], None] | None = None,
+) -> CohortEmbeddings:
+    """Embed every case of a cohort; a missing modality is left out of that case only.
+
+    Args:
+        run: The tuned model.
+        cohort: Feature files and tables.
+        case_ids: Which cases; those with at least one usable modality unless given.
+        on_case: Called with cases done and cases in all.
+    """
+    wanted = cohort.case_ids if case_ids is None else tuple(case_ids)
+    prepared = [
+        case
+        for case in prepare_cases(cohort, wanted, run.preprocessing)
+        if case_ids is not None or case.values or any(len(s) for s in case.slides)
+    ]
+    outputs = []
+    for done, case in enumerate(prepared, start=1):
+        outputs.append(run.embed([case]))
+        if on_case is not None:
+            on_case(done, len(prepared))
+    values = torch.cat(outputs) if outputs else run.embed([])
+    return CohortEmbeddings(tuple(prepared), values, alike_share(values[:, 0]))
+
+
+def alike_share(embeddings: Tensor) -> float | None:
+    """Return the share of pairs of rows `[N, D]` with cosine > 0.98; None for fewer than two."""
+    count = embeddings.shape[0]
+    if count < 2:
+        return None
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    above = sum(int((block @ unit.T > ALIKE).sum()) for block in unit.split(1024)) - count
+    return max(above, 0) / (count * (count - 1))
+
+
+def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -> Path:
+    """Write `embeddings.parquet`: ids, task, modalities used, slides, tiles, embedding.
+
+    The file's metadata (`modaltune`) says which model made it, and whether its slide encoder is
+    random.
+    """
+    path = Path(path)
+    tasks = run.model.config.tasks
+    width = run.model.config.out_features
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("case_id", "task", "modalities", "slides", "tiles")
+    }
+    for case in embeddings.cases:
+        tiles = sum(len(slide) for slide in case.slides)
+        used = (["slide"] if tiles else []) + sorted(case.values)
+        for task in tasks:
+            rows["case_id"].append(case.case_id)
+            rows["task"].append(task)
+            rows["modalities"].append(used)
+            rows["slides"].append([slide.slide for slide in case.slides])
+            rows["tiles"].append(tiles)
+    flat = pa.array(embeddings.values.reshape(-1).numpy())
+    provenance = {
+        "random_backbone": run.model.config.random_backbone,
+        "position_convention": run.model.config.position_convention,
+        "alike_share": embeddings.alike_share,
+        **run.info,
+    }
+    table = pa.table(
+        {
+            "case_id": pa.array(rows["case_id"], pa.string()),
+            "task": pa.array(rows["task"], pa.string()),
+            "modalities": pa.array(rows["modalities"], pa.list_(pa.string())),
+            "slides": pa.array(rows["slides"], pa.list_(pa.string())),
+            "tiles": pa.array(rows["tiles"], pa.int64()),
+            "random_backbone": pa.array(
+                [run.model.config.random_backbone] * len(rows["task"]), pa.bool_()
+            ),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
+        }
+    ).replace_schema_metadata({"modaltune": json.dumps(provenance)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+    return path
