@@ -87,20 +87,19 @@ class _AlibiAttention(torch.autograd.Function):
         """Return `[N, H, d]`; `slopes` carries the dtype of the computation."""
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = slopes.new_empty(q.shape[:2])
-        with torch.autocast("cpu", enabled=False):
-            for seq in _sequences(offsets):
-                q_s, k_s, v_s = (_head_major(t, seq, slopes.dtype) for t in (q, k, v))
-                out_s, lse_s = out[seq], lse[seq]
-                for rows, heads, bias in _bias_blocks(grid[seq], slopes, num_prefix):
-                    o, o_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                        q_s[None, heads, rows],
-                        k_s[None, heads],
-                        v_s[None, heads],
-                        attn_mask=bias[None],
-                        scale=scale,
-                    )
-                    out_s[rows, heads] = o[0].transpose(0, 1).to(out.dtype)
-                    lse_s[rows, heads] = o_lse[0].transpose(0, 1)
+        for seq in _sequences(offsets):
+            q_s, k_s, v_s = (_head_major(t, seq, slopes.dtype) for t in (q, k, v))
+            out_s, lse_s = out[seq], lse[seq]
+            for rows, heads, bias in _bias_blocks(grid[seq], slopes, num_prefix):
+                o, o_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q_s[None, heads, rows],
+                    k_s[None, heads],
+                    v_s[None, heads],
+                    attn_mask=bias[None],
+                    scale=scale,
+                )
+                out_s[rows, heads] = o[0].transpose(0, 1).to(out.dtype)
+                lse_s[rows, heads] = o_lse[0].transpose(0, 1)
         ctx.save_for_backward(q, k, v, grid, slopes, offsets, out, lse)
         ctx.num_prefix, ctx.scale = num_prefix, scale
         return out
@@ -111,6 +110,7 @@ class _AlibiAttention(torch.autograd.Function):
         """Return the gradients of q, k and v `[N, H, d]`; the bias has none."""
         q, k, v, grid, slopes, offsets, out, lse = ctx.saved_tensors
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        # A gradient taken inside an autocast region would have its products rounded.
         with torch.autocast("cpu", enabled=False):
             for seq in _sequences(offsets):
                 packed = [_head_major(t, seq, slopes.dtype) for t in (q, k, v, out, grad_out)]
