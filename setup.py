@@ -1,5 +1,7 @@
 """Package metadata, and the one import namespace laid over the fixed top-level folders."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # Folder on disk -> import name. `modaltune/` holds committed symlinks to the other three, so an
@@ -64,7 +66,8 @@ TEST = [
     "scikit-survival>=0.24",
     "tifffile>=2024.8",
     "imagecodecs>=2024.9",
-    "build",
+    "anndata>=0.11",
+    "zarr>=3",
 ]
 
 EXTRAS = {
@@ -83,7 +86,7 @@ setup(
     name="modaltune",
     version="0.1.0",
     description="Whole-slide images, genes and clinical records into patient embeddings, fast.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -14,7 +14,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip tests marked `shared` where the data is absent, unless CI demands the data."""
     if SHARED.is_dir() or os.environ.get("MODALTUNE_REQUIRE_SHARED") == "1":
         return
-    skip = pytest.mark.skip(reason=f"shared data folder not found at {SHARED.name}/ beside the checkout")
+    reason = f"shared data folder not found at {SHARED.name}/ beside the checkout"
+    skip = pytest.mark.skip(reason=reason)
     for item in items:
         if "shared" in item.keywords:
             item.add_marker(skip)
