@@ -19,7 +19,13 @@ from modaltune.engine.errors import InputError
 from modaltune.engine.overlay import write_overlay
 from modaltune.engine.profile import StageTimer
 from modaltune.engine.readers import SlideReader, open_slide
-from modaltune.engine.store import TileFeatures, feature_recipe, is_complete, write_features
+from modaltune.engine.store import (
+    TileFeatures,
+    feature_recipe,
+    is_complete,
+    open_features,
+    write_features,
+)
 from modaltune.engine.tiling import TileGrid, read_tiles, tile_slide
 from modaltune.engine.tissue import find_tissue
 
@@ -172,7 +178,11 @@ def embed_slides(
         if on_slide is not None:
             on_slide(outcome)
     return EmbedReport(
-        tuple(outcomes), timer.split(), timer.elapsed_s, encoder.name, json.loads(json.dumps(recipe))
+        tuple(outcomes),
+        timer.split(),
+        timer.elapsed_s,
+        encoder.name,
+        json.loads(json.dumps(recipe)),
     )
 
 
@@ -186,6 +196,8 @@ def _embed_one(
     on_tiles: Callable[[SlideItem, int, int], None] | None,
 ) -> SlideOutcome:
     target = folder / f"{item.slide_id}.h5"
+    if item.base_mpp is not None:
+        recipe = {**recipe, "base_mpp_given": item.base_mpp}
     finished = _finished(item, target, recipe)
     if finished is not None:
         return finished
@@ -205,7 +217,9 @@ def _embed_one(
         features = _encode(item, slide, grid, encoder, timer, on_tiles)
         with timer.stage("write"):
             if options.overlays:
-                write_overlay(folder.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid)
+                write_overlay(
+                    folder.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid
+                )
             write_features(
                 target,
                 TileFeatures(
@@ -242,18 +256,15 @@ def _finished(item: SlideItem, target: Path, recipe: dict[str, Any]) -> SlideOut
     if found == "missing":
         return None
     if found in ("done", "empty"):
-        from modaltune.engine.store import open_features
-
         kept = open_features(target)
         return SlideOutcome(
             item.slide_id, item.case_id, "kept", len(kept), target, kept.empty_reason or ""
         )
-    kind, detail = found
-    if kind == "damaged":
-        logger.warning("%s is damaged (%s); it is made again", target, detail)
+    if found[0] == "damaged":
+        logger.warning("%s is damaged (%s); it is made again", target, found[1])
         return None
     raise InputError(
-        f"{target} must have been made by this run's settings, got others: {', '.join(detail)}; "
+        f"{target} must have been made by this run's settings, got others: {', '.join(found[1])}; "
         "use another --out, or delete the file"
     )
 

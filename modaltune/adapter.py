@@ -244,6 +244,11 @@ class InteractionBlock(nn.Module):
     def _extractor(width: int, config: AdapterConfig) -> Extractor:
         return Extractor(width, config.heads, config.bottleneck, config.drop_path_rate)
 
+    def extractors(self) -> list[Extractor]:
+        """Return the extractor and the extra ones, in order."""
+        every = (self.extractor, *self.extra_extractors)
+        return [module for module in every if isinstance(module, Extractor)]
+
     def forward(
         self,
         encoder: SlideEncoder,
@@ -255,7 +260,7 @@ class InteractionBlock(nn.Module):
         """Return tile tokens after the blocks and modal tokens `[B, G, D]` after extraction."""
         tokens = self.injector(tokens, modal, positions, key_mask)
         tokens = encoder.blocks(tokens, self.first, self.last)
-        for extractor in (self.extractor, *self.extra_extractors):
+        for extractor in self.extractors():
             modal = extractor(modal, positions, tokens)
         return tokens, modal
 
@@ -282,10 +287,18 @@ class ModalAdapter(nn.Module):
             for _ in (ranges[1:] if config.use_self_attention else ())
         )
 
+    def interactions(self) -> list[InteractionBlock]:
+        """Return the interactions, in order."""
+        return [block for block in self.blocks if isinstance(block, InteractionBlock)]
+
+    def self_attentions(self) -> list[PromptSelfAttention]:
+        """Return the self-attentions before interactions 1, 2, ..., or none."""
+        return [m for m in self.self_attention if isinstance(m, PromptSelfAttention)]
+
     @property
     def first_block(self) -> int:
         """Index of the encoder block before which the first injector stands."""
-        return int(self.blocks[0].first)
+        return self.interactions()[0].first
 
     def forward(
         self,
@@ -314,9 +327,10 @@ class ModalAdapter(nn.Module):
         Returns:
             Tile tokens and modal tokens after the last interaction.
         """
-        for n, block in enumerate(self.blocks):
-            if n > 0 and len(self.self_attention):
-                modal = self.self_attention[n - 1](modal, positions, self_mask)
+        attentions = self.self_attentions()
+        for n, block in enumerate(self.interactions()):
+            if n > 0 and attentions:
+                modal = attentions[n - 1](modal, positions, self_mask)
             if tokens is None:
                 continue
             if with_tiles is None:

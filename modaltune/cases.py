@@ -40,23 +40,32 @@ def scale_positions(slide: TileFeatures, convention: PositionConvention) -> Tens
     """Return tile corners `[n, 2]` float64 in the px that the slide encoder's grid counts.
 
     Under `reference` these are level-0 px, as published. Under `scaled` they are px at the target
-    mpp, so that a 20x and a 40x scan of the same tissue get the same positions.
+    mpp, so that a 20x and a 40x scan of the same tissue get the same positions. Level-0 corners are
+    rounded to whole px, so a grid is put back exactly: dividing a corner by the tile size alone
+    would push about half the tiles of a slide of 0.2527 mpp into a neighbour's cell.
 
     Raises:
         FeatureFileError: The file does not say how large a tile is at level 0.
     """
     coords = torch.from_numpy(np.asarray(slide.coords, dtype=np.float64))
-    if convention == "reference":
+    if convention == "reference" or len(slide) == 0:
         return coords
     if slide.target_mpp and slide.base_mpp:
-        return coords * (slide.base_mpp / slide.target_mpp)
-    if slide.tile_px and slide.level0_tile_px:
-        return coords * (slide.tile_px / slide.level0_tile_px)
-    raise FeatureFileError(
-        f"features of slide {slide.slide} must say their mpp, or the tile size in px and at level "
-        "0, to scale positions, got neither; fill them with dataclasses.replace(features, "
-        "base_mpp=..., target_mpp=...), or use position_convention='reference'"
-    )
+        scale = slide.base_mpp / slide.target_mpp
+    elif slide.tile_px and slide.level0_tile_px:
+        scale = slide.tile_px / slide.level0_tile_px
+    else:
+        raise FeatureFileError(
+            f"features of slide {slide.slide} must say their mpp, or the tile size in px and at "
+            "level 0, to scale positions, got neither; fill them with dataclasses.replace("
+            "features, base_mpp=..., target_mpp=...), or use position_convention='reference'"
+        )
+    if slide.tile_px:
+        step_px = slide.tile_px - slide.overlap_px
+        index = torch.round(coords * scale / step_px)
+        if bool(((index * step_px / scale - coords).abs() <= 0.5 + 1e-6).all()):
+            return index * step_px
+    return (coords + 0.5) * scale  # the middle of a level-0 px: rounding never crosses a cell
 
 
 def place_slides(
@@ -91,7 +100,9 @@ def place_slides(
     return torch.cat(tiles), torch.cat(positions)
 
 
-def pack_cases(cases: Sequence[Case], convention: PositionConvention, in_features: int) -> CaseBatch:
+def pack_cases(
+    cases: Sequence[Case], convention: PositionConvention, in_features: int
+) -> CaseBatch:
     """Pack cases of any length and with any modality missing into one batch.
 
     Raises:

@@ -20,6 +20,7 @@ from modaltune.errors import InputError
 from modaltune.evaluate import golden_evaluation
 from modaltune.kernels import embed_positions
 from modaltune.modalities import GeneConfig, PathwayEncoder
+from modaltune.model import set_impl
 from modaltune.reference_config import longnet_from_reference, segments_from_reference
 from modaltune.schedule import learning_rate
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig, LongNetLayer
@@ -53,13 +54,6 @@ class Inputs(dict[str, Tensor]):
         count = sum(name.startswith("in/genes.") for name in self)
         parts = [self[f"in/genes.{i}"] for i in range(count)]
         return torch.cat(parts, dim=1), [p.shape[1] for p in parts]
-
-
-def set_impl(module: nn.Module, impl: str) -> None:
-    """Choose the kernels' implementation in every module below `module`."""
-    for child in module.modules():
-        if hasattr(child, "impl"):
-            child.impl = impl
 
 
 def load_module(module: nn.Module, rules: list[ref.Rule], weights: ref.State, name: str) -> None:

@@ -104,7 +104,7 @@ def _intermediates(model: ModalTune, batch: CaseBatch, task: int) -> Answers:
     encoder: Any = model.slide_encoder
     for i, layer in enumerate(encoder.layers):
         tokens_after(f"longnet.{i}", layer, 0)
-    for n, block in enumerate(model.adapter.blocks):
+    for n, block in enumerate(model.adapter.interactions()):
         block_hooks(n, block)
         tokens_after(f"interaction.{n}.injector", block.injector, 1)
         after(f"interaction.{n}.extractor", block.extractor)

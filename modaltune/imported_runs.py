@@ -115,9 +115,7 @@ def _pathway_index(path: Path | None, sizes: list[int]) -> PathwayIndex:
     if path is None:
         names = tuple(f"pathway{p}" for p in range(len(sizes)))
         genes = tuple(f"{n}/{i}" for n, size in zip(names, sizes, strict=True) for i in range(size))
-        return PathwayIndex(
-            genes, names, torch.arange(len(genes)), offsets, (), (), tuple(sizes)
-        )
+        return PathwayIndex(genes, names, torch.arange(len(genes)), offsets, (), (), tuple(sizes))
     table = read_pathways(path)
     every = {gene for genes in table.genes for gene in genes}
     index = PathwayIndex.build(table, every)

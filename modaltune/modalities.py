@@ -130,9 +130,13 @@ class PathwayEncoder(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+    def blocks(self) -> list[MixerBlock]:
+        """Return the mixer blocks, in order."""
+        return [block for block in self.mixer if isinstance(block, MixerBlock)]
+
     def mix(self, pathway_tokens: Tensor) -> Tensor:
         """Mix `[B, P, d]` and project to `[B, P, D]`."""
-        for block in self.mixer:
+        for block in self.blocks():
             pathway_tokens = block(pathway_tokens)
         return self.project(self.norm(pathway_tokens))
 

@@ -27,6 +27,13 @@ def build_slide_encoder(config: ModalTuneConfig) -> SlideEncoder:
     return TitanEncoder(config.slide_encoder)
 
 
+def set_impl(module: nn.Module, impl: str) -> None:
+    """Choose the implementation of every kernel below `module`."""
+    for child in module.modules():
+        if isinstance(getattr(child, "impl", None), str):
+            setattr(child, "impl", impl)  # noqa: B010  (nn.Module types attributes as modules)
+
+
 @dataclass(frozen=True)
 class _Encoded:
     """Tokens of one modality and which cases have it."""
@@ -111,11 +118,13 @@ class ModalTune(nn.Module):
             at += count
         return spans
 
+    def each_modality(self) -> dict[str, Modality]:
+        """Return the modality encoders by name."""
+        return {name: m for name, m in self.modalities.items() if isinstance(m, Modality)}
+
     def set_impl(self, impl: str) -> None:
         """Choose the implementation of every kernel: auto, triton, cpu or reference."""
-        for module in self.modules():
-            if hasattr(module, "impl"):
-                module.impl = impl
+        set_impl(self, impl)
 
     def train(self, mode: bool = True) -> ModalTune:
         """Set training mode; the frozen trunk follows only under `trunk_dropout`."""
@@ -130,7 +139,7 @@ class ModalTune(nn.Module):
     def encode_modalities(self, batch: CaseBatch) -> dict[str, _Encoded]:
         """Turn the values of every modality into tokens; absent values become masked tokens."""
         encoded = {}
-        for name, module in self.modalities.items():
+        for name, module in self.each_modality().items():
             values, present = batch.modality(name)
             if values is None:
                 tokens = self.modal_positions.new_zeros(
@@ -153,7 +162,11 @@ class ModalTune(nn.Module):
             return None, None
         filled = counts > 0
         bounds = torch.cat([batch.offsets[:1], batch.offsets[1:][filled]])
-        tokens = self.slide_encoder.embed(batch.tiles, batch.positions_px, bounds)
+        try:
+            tokens = self.slide_encoder.embed(batch.tiles, batch.positions_px, bounds)
+        except InputError as error:
+            ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
+            raise InputError(f"case {ids}: {error}") from error
         if self.adapter.first_block > 0:
             tokens = self.slide_encoder.blocks(tokens, 0, self.adapter.first_block - 1)
         index = None if bool(filled.all()) else filled.nonzero().squeeze(1).to(tokens.x.device)
@@ -244,9 +257,10 @@ class ModalTune(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         slots = {"slide": self._slide_slot(tokens, with_tiles, modal.shape[0])}
+        encoders = self.each_modality()
         for name, span in self.spans.items():
             own = modal[:, span]
-            slot = own[:, 0] if name == TASK else self.modalities[name].summarise(own)
+            slot = own[:, 0] if name == TASK else encoders[name].summarise(own)
             if mask is not None:
                 slot = torch.where(mask[:, span][:, :1], slot, torch.zeros_like(slot))
             slots[name] = slot

@@ -151,7 +151,7 @@ def gene_rules(ours: str, published: str, encoder: PathwayEncoder) -> list[Rule]
         _stacked(f"{ours}networks.bias2", [f"{name}.bias" for name in second]),
     ]
     depth = len(encoder.mixer)
-    for i, block in enumerate(encoder.mixer):
+    for i, block in enumerate(encoder.blocks()):
         source, target = f"{published}mlp_mixer.{i}.", f"{ours}mixer.{i}."
         rules += _conv(f"{target}token_in", f"{source}0.fn.0", block.token_in)
         rules += _conv(f"{target}token_out", f"{source}0.fn.3", block.token_out)
@@ -210,14 +210,14 @@ def model_rules(model: ModalTune) -> list[Rule]:
         raise CheckpointError(f"the published layout can't hold further modalities, got {further}")
     rules = encoder_rules("slide_encoder.", model.slide_encoder)
     rules.append(_rename("modal_positions", "gene_pe"))
-    for n, block in enumerate(model.adapter.blocks):
+    for n, block in enumerate(model.adapter.interactions()):
         ours, published = f"adapter.blocks.{n}.", f"interactions.{n}."
         rules += injector_rules(f"{ours}injector.", f"{published}injector.", block.injector)
         rules += extractor_rules(f"{ours}extractor.", f"{published}extractor.", block.extractor)
-        for i, extra in enumerate(block.extra_extractors):
+        for i, extra in enumerate(block.extractors()[1:]):
             name = f"extra_extractors.{i}."
             rules += extractor_rules(f"{ours}{name}", f"{published}{name}", extra)
-    for n, attention in enumerate(model.adapter.self_attention):
+    for n, attention in enumerate(model.adapter.self_attentions()):
         rules += self_attention_rules(
             f"adapter.self_attention.{n}.", f"prompt_selfattention.{n + 1}.", attention
         )

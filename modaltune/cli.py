@@ -1,0 +1,348 @@
+"""The command line: a thin layer over the library. Heavy modules load inside each command."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from modaltune.engine.stream import EmbedReport
+
+FAILED = 1
+
+app = typer.Typer(
+    name="modaltune",
+    help="Turn whole-slide pathology images, genes and clinical records into patient embeddings.\n\n"
+    "Start with [bold]modaltune demo[/]: it needs no data and no network.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+slides_app = typer.Typer(help="Look at slide files.", no_args_is_help=True)
+app.add_typer(slides_app, name="slides")
+
+out_console = Console()
+err_console = Console(stderr=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
+BaseMpp = Annotated[
+    float | None,
+    typer.Option("--base-mpp", help="Microns per level-0 pixel of slides that do not say it."),
+]
+Impl = Literal["auto", "cpu", "reference", "triton"]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _version(value: bool) -> None:
+    if value:
+        from modaltune import __version__
+
+        typer.echo(f"modaltune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="-v says what is done, -vv more.")
+    ] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Set up logging for every command."""
+    del version
+    from rich.logging import RichHandler
+
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    handler = RichHandler(console=err_console, show_path=False, show_time=verbose > 0)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("modaltune").setLevel(level)
+
+
+def reports_errors(command: Command) -> Command:
+    """Print errors a user can act on as one message, and exit 1; anything else is a fault of ours."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from modaltune.engine.errors import InputError
+
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            err_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(FAILED) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@app.command()
+@reports_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "modaltune-demo"
+    ),
+    cases: Annotated[int, typer.Option(min=20, help="Synthetic patients.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the cohort and of training.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run everything on a synthetic cohort, offline: slides, features, tuning, report.
+
+    Writes small pyramidal slides, genes and clinical rows in which subtype and risk need image and
+    genes together; embeds them, tunes a Modal Adapter on a small RANDOM slide encoder, and shows
+    image-only, genes-only and both, out of fold, in report.html. About four minutes on two cores.
+    """
+    from modaltune.demo import run_demo
+
+    result = run_demo(out, cases=cases, seed=seed, console=None if as_json else err_console)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        result.render(out_console)
+
+
+@app.command()
+@reports_errors
+def doctor(as_json: JsonFlag = False) -> None:
+    """Say what is installed, what that enables, what is missing and how to get it."""
+    from modaltune.doctor import render, run_doctor, to_json
+
+    checks = run_doctor()
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        render(checks, out_console)
+    if any(check.status == "FAIL" for check in checks):
+        raise typer.Exit(FAILED)
+
+
+@slides_app.command("info")
+@reports_errors
+def slides_info(
+    slides: Annotated[list[Path], typer.Argument(help="Slide files.", metavar="SLIDE...")],
+    base_mpp: BaseMpp = None,
+    reader: Annotated[
+        str | None, typer.Option(help="cucim, openslide or image; the first that fits if not set.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show size, levels, resolution and compression of slides, and which reader takes them."""
+    from modaltune.engine.errors import InputError
+    from modaltune.engine.readers import slide_info
+
+    found, failed = [], False
+    for path in slides:
+        try:
+            found.append(slide_info(path, base_mpp=base_mpp, reader=reader))
+        except InputError as error:
+            failed = True
+            found.append({"path": str(path), "error": str(error)})
+    if as_json:
+        _print_json(found)
+    else:
+        from modaltune.console_tables import slide_table
+
+        for info in found:
+            out_console.print(slide_table(info))
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@reports_errors
+def embed(
+    slides: Annotated[
+        list[Path] | None, typer.Argument(help="Slide files.", metavar="[SLIDE]...")
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="CSV with columns slide, and if wanted case_id and mpp."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("modaltune-out"),
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that the manifest's slides must lie in.")
+    ] = None,
+    tile_encoder: Annotated[
+        str | None,
+        typer.Option(help="Tile encoder: a name, timm:NAME, transformers:FOLDER. See doctor."),
+    ] = None,
+    tile_encoder_weights: Annotated[
+        Path | None, typer.Option(help="Local weights of the tile encoder.")
+    ] = None,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Fetch missing weights from the hub.")
+    ] = False,
+    trust_remote_code: Annotated[
+        str | None,
+        typer.Option(help="40-hex revision whose model code may run.", metavar="REVISION"),
+    ] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="Microns per pixel of a tile. [default: 0.5]")
+    ] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of a tile in px. [default: 256]")
+    ] = None,
+    base_mpp: BaseMpp = None,
+    min_foreground: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of tissue in a tile.")
+    ] = 0.95,
+    tissue: Annotated[
+        Literal["lab", "lab-mean", "otsu", "hsv"], typer.Option(help="Rule of the tissue mask.")
+    ] = "lab",
+    reader: Annotated[str | None, typer.Option(help="cucim, openslide or image only.")] = None,
+    overlays: Annotated[bool, typer.Option(help="Write a picture of mask and tiles.")] = True,
+    model: Annotated[
+        Path | None, typer.Option(help="Run folder: also write ModalTune embeddings per case.")
+    ] = None,
+    genes: Annotated[
+        Path | None, typer.Option(help="Expression table for --model: case x gene.")
+    ] = None,
+    clinical: Annotated[
+        Path | None, typer.Option(help="Clinical table for --model, with a case_id column.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn slides into tile features, and with --model into patient embeddings.
+
+    Features go to OUT/features_<encoder>/<slide>.h5, embeddings to OUT/embeddings.parquet. Run it
+    again to go on: finished slides are kept. Exits 1 when a slide failed.
+    """
+    from modaltune.embedding import EmbedRequest, embed_request
+
+    if bool(slides) == bool(manifest):
+        raise typer.BadParameter("give slide files or --manifest, one of the two")
+    if model is None and (genes or clinical):
+        raise typer.BadParameter("--genes and --clinical need --model")
+    request = EmbedRequest(
+        slides=tuple(slides or ()),
+        manifest=manifest,
+        out=out,
+        root=root,
+        tile_encoder=tile_encoder,
+        tile_encoder_weights=tile_encoder_weights,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+        mpp=mpp,
+        tile_px=tile_px,
+        base_mpp=base_mpp,
+        min_foreground=min_foreground,
+        tissue=tissue,
+        reader=reader,
+        overlays=overlays,
+        model=model,
+        genes=genes,
+        clinical=clinical,
+        device=device,
+    )
+    report, summary = embed_request(request, console=None if as_json else err_console)
+    if as_json:
+        _print_json(summary)
+    else:
+        _render_embed(report, summary)
+    if report.of("failed"):
+        raise typer.Exit(FAILED)
+
+
+def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
+    from modaltune.console_tables import outcome_table, stage_table
+
+    out_console.print(outcome_table(report))
+    out_console.print(stage_table(report))
+    for line in summary["written"]:
+        out_console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@reports_errors
+def golden(
+    folder: Annotated[Path, typer.Argument(help="Folder of golden cases.", metavar="DIR")],
+    impl: Annotated[Impl, typer.Option(help="Implementation of the kernels.")] = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare every tensor of golden cases with the published implementation; exit 1 on any miss."""
+    from modaltune.golden import render, run_folder, to_json
+
+    rows = run_folder(folder, impl)
+    result = to_json(rows)
+    if as_json:
+        _print_json(result)
+    else:
+        render(rows, out_console)
+    if not result["ok"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command("import-checkpoint")
+@reports_errors
+def import_checkpoint(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Published state_dict (.pt, .pth, .safetensors), or a run folder."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder to write (or .safetensors to export).")],
+    pathways: Annotated[
+        Path | None, typer.Option(help="Pathway table of its training: CSV or GMT.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of published options that the tensors do not tell."),
+    ] = None,
+    to_published: Annotated[
+        bool, typer.Option("--to-published", help="The other way: run folder to state_dict.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn a published ModalTune checkpoint into a run folder, or back, without loss."""
+    from modaltune import imported_runs
+
+    if to_published:
+        state = imported_runs.export_checkpoint(source, out)
+        result = {"out": str(out), "tensors": len(state)}
+    else:
+        run = imported_runs.import_checkpoint(source, out, pathways=pathways, options=config)
+        result = {
+            "out": str(out),
+            "tasks": list(run.model.config.tasks),
+            "trainable": sum(p.numel() for p in run.model.trainable_parameters()),
+            "frozen": sum(p.numel() for p in run.model.slide_encoder.parameters()),
+            "position_convention": run.model.config.position_convention,
+        }
+    if as_json:
+        _print_json(result)
+    else:
+        for name, value in result.items():
+            out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err_console.print("interrupted; finished work is kept, run the same command to go on")
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Run the command line (the `modaltune` script)."""
+    with _interrupts():
+        app()
+
+
+if __name__ == "__main__":
+    main()

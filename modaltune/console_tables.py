@@ -1,0 +1,80 @@
+"""Tables the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from modaltune.engine.stream import EmbedReport
+
+STATUS_STYLE = {"done": "green", "kept": "cyan", "empty": "yellow", "failed": "bold red"}
+
+
+def slide_table(info: Mapping[str, Any]) -> Table:
+    """Return what `slide_info` found about one slide, or why it can't be read."""
+    table = Table(title=info["path"], show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if "error" in info:
+        table.add_row("error", f"[red]{info['error']}[/]")
+        return table
+    width, height = info["dimensions"]
+    mpp = info["mpp"]
+    if mpp:
+        table.add_row("resolution", f"{mpp:.4f} mpp ({info['mpp_source']})")
+        table.add_row("size", f"{width} x {height} px, {width * mpp / 1e3:.2f} x "
+                              f"{height * mpp / 1e3:.2f} mm")  # fmt: skip
+    else:
+        table.add_row("resolution", f"[yellow]{info['mpp_problem']}[/]")
+        table.add_row("size", f"{width} x {height} px")
+    levels = ", ".join(
+        f"{v['width']} x {v['height']} (1:{v['downsample']:g})" for v in info["levels"]
+    )
+    table.add_row("levels", levels)
+    table.add_row("reader", f"{info['library']} on the {info['device']}")
+    table.add_row("format", f"{info['vendor']}, {info['compression'] or 'plain image'}")
+    if info["tile_px"]:
+        table.add_row("file tiles", " x ".join(map(str, info["tile_px"])) + " px")
+    table.add_row("file", f"{info['bytes'] / 1e6:.1f} MB")
+    if info["associated_images"]:
+        table.add_row("images", ", ".join(info["associated_images"]))
+    return table
+
+
+def outcome_table(report: EmbedReport, most: int = 40) -> Table:
+    """Return the outcome of every slide; of a long list, all that did not go well and the rest."""
+    table = Table(title=f"Slides, tile encoder {report.encoder}", title_justify="left")
+    for column, justify in (("slide", "left"), ("status", "left"), ("tiles", "right"),
+                            ("seconds", "right"), ("reader", "left"), ("note", "left")):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    ordered = sorted(report.outcomes, key=lambda o: o.status in ("done", "kept"))
+    shown = report.outcomes if len(ordered) <= most else ordered[:most]
+    for outcome in shown:
+        style = STATUS_STYLE[outcome.status]
+        table.add_row(
+            outcome.slide_id,
+            f"[{style}]{outcome.status}[/]",
+            str(outcome.tiles),
+            f"{outcome.seconds:.1f}",
+            outcome.reader,
+            outcome.reason,
+        )
+    if len(shown) < len(ordered):
+        table.add_row(f"and {len(ordered) - len(shown)} more", "", "", "", "", "")
+    return table
+
+
+def stage_table(report: EmbedReport) -> Table:
+    """Return where the time went, and the rate."""
+    table = Table(title="Time", title_justify="left")
+    for column in ("stage", "seconds", "share"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    total = report.elapsed_s or 1.0
+    for stage, seconds in report.stages_s.items():
+        table.add_row(stage, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %")
+    table.add_section()
+    rate = report.new_tiles / total
+    table.add_row("all", f"{report.elapsed_s:.2f}", f"{rate:.1f} tiles/s")
+    return table

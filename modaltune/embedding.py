@@ -1,0 +1,175 @@
+"""The main job: slides to tile features, and with a model to embeddings per case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from modaltune.cases import Cohort
+from modaltune.checkpoint import Run, load_run
+from modaltune.clinical import read_clinical
+from modaltune.cohort_embeddings import embed_cohort, write_embeddings
+from modaltune.engine.atomic import write_json_atomic
+from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
+from modaltune.engine.encoders import load_encoder
+from modaltune.engine.encoders.registry import DEFAULT_ENCODER
+from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides, features_folder
+from modaltune.errors import InputError
+from modaltune.omics import read_expression
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """What `modaltune embed` was asked for; see its help."""
+
+    slides: tuple[Path, ...] = ()
+    manifest: Path | None = None
+    out: Path = Path("modaltune-out")
+    root: Path | None = None
+    tile_encoder: str | None = None
+    tile_encoder_weights: Path | None = None
+    allow_download: bool = False
+    trust_remote_code: str | None = None
+    mpp: float | None = None
+    tile_px: int | None = None
+    base_mpp: float | None = None
+    min_foreground: float = 0.95
+    tissue: Literal["lab", "lab-mean", "otsu", "hsv"] = "lab"
+    reader: str | None = None
+    overlays: bool = True
+    model: Path | None = None
+    genes: Path | None = None
+    clinical: Path | None = None
+    device: str = "cpu"
+
+
+def embed_request(
+    request: EmbedRequest, console: Console | None = None
+) -> tuple[EmbedReport, dict[str, Any]]:
+    """Do the main job.
+
+    Args:
+        request: What to do.
+        console: Where progress is drawn; None for silence.
+
+    Returns:
+        The outcome of every slide, and a summary as JSON values, which is also written to
+        `OUT/report.json`.
+
+    Raises:
+        InputError: Something asked for breaks a rule; nothing has been written then. Slides that
+            fail on the way are in the report instead.
+    """
+    items = _items(request)
+    run = None if request.model is None else load_run(request.model, device=request.device)
+    tables = _tables(request)
+    name, options = _settings(request, run)
+    encoder = load_encoder(
+        name,
+        weights=request.tile_encoder_weights,
+        allow_download=request.allow_download,
+        trust_remote_code=request.trust_remote_code,
+        device=request.device,
+    )
+    report = _embed_with_progress(items, encoder, request.out, options, console)
+    written = [str(features_folder(request.out, encoder))]
+    if options.overlays:
+        written.append(str(request.out / "overlays"))
+    summary = report.to_dict()
+    if run is not None:
+        slides: dict[str, tuple[Path, ...]] = {}
+        for outcome in report.outcomes:
+            if outcome.features is not None:
+                slides[outcome.case_id] = (*slides.get(outcome.case_id, ()), outcome.features)
+        embeddings = embed_cohort(run, Cohort(slides, *tables))
+        path = write_embeddings(request.out / "embeddings.parquet", run, embeddings)
+        written.append(str(path))
+        summary["cases"] = len(embeddings.cases)
+        summary["alike_share"] = embeddings.alike_share
+        summary["random_backbone"] = run.model.config.random_backbone
+    summary["written"] = written
+    write_json_atomic(request.out / "report.json", summary)
+    return report, summary
+
+
+def _items(request: EmbedRequest) -> list[SlideItem]:
+    if request.manifest is not None:
+        return read_manifest(request.manifest, root=request.root, base_mpp=request.base_mpp)
+    return items_from_paths(request.slides, request.base_mpp)
+
+
+def _tables(request: EmbedRequest) -> tuple[Any, Any]:
+    """Read expression and clinical tables before the first slide is opened."""
+    expression = None if request.genes is None else read_expression(request.genes)
+    clinical = None if request.clinical is None else read_clinical(request.clinical)
+    return expression, clinical
+
+
+def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions]:
+    """Return tile encoder and tiling; what is not asked for follows the model."""
+    recipe = None if run is None else run.preprocessing.tiles
+    name = request.tile_encoder or (recipe and recipe.encoder) or DEFAULT_ENCODER
+    if recipe is not None:
+        for option, asked, tuned in (
+            ("--tile-encoder", request.tile_encoder, recipe.encoder),
+            ("--mpp", request.mpp, recipe.target_mpp),
+            ("--tile-px", request.tile_px, recipe.tile_px),
+        ):
+            if asked is not None and tuned is not None and asked != tuned:
+                raise InputError(
+                    f"{option} must be {tuned}, as the model {request.model} was tuned on, got "
+                    f"{asked}; leave it out"
+                )
+    mpp = request.mpp or (recipe and recipe.target_mpp) or 0.5
+    tile_px = request.tile_px or (recipe and recipe.tile_px) or 256
+    return name, EmbedOptions(
+        mpp=mpp,
+        tile_px=tile_px,
+        min_foreground=request.min_foreground,
+        tissue=request.tissue,
+        reader=request.reader,
+        overlays=request.overlays,
+    )
+
+
+def _embed_with_progress(
+    items: list[SlideItem],
+    encoder: Any,
+    out: Path,
+    options: EmbedOptions,
+    console: Console | None,
+) -> EmbedReport:
+    bars = None if console is None else _progress(console)
+    with bars or nullcontext():
+        on_tiles: Callable[[SlideItem, int, int], None] | None = None
+        on_slide: Callable[[Any], None] | None = None
+        if bars is not None:
+            total = bars.add_task("slides", total=len(items))
+            tiles = bars.add_task("tiles", total=None)
+
+            def on_tiles(item: SlideItem, done: int, count: int) -> None:
+                bars.update(
+                    tiles, description=f"tiles of {item.slide_id}", completed=done, total=count
+                )
+
+            def on_slide(outcome: Any) -> None:
+                bars.advance(total)
+
+        return embed_slides(items, encoder, out, options, on_tiles=on_tiles, on_slide=on_slide)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
