@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modaltune.engine.errors import InputError
+from modaltune.engine.readers import MAX_MPP, MIN_MPP
 
 COLUMNS = ("slide", "case_id", "mpp")
 
@@ -34,8 +34,9 @@ def items_from_paths(paths: Sequence[Path], base_mpp: float | None = None) -> li
     """Return one item per slide file; each slide is a case of its own.
 
     Raises:
-        InputError: No file is given, one is missing, or two share a name.
+        InputError: No file is given, one is missing, two share a name, or the mpp is absurd.
     """
+    _check_mpp("--base-mpp", base_mpp)
     if not paths:
         raise InputError("slides must be given, got none; name slide files, or use --manifest")
     items = [SlideItem(path, path.stem, path.stem, base_mpp) for path in paths]
@@ -63,6 +64,7 @@ def read_manifest(
 
     Source: REQUIREMENTS 1 and 27.
     """
+    _check_mpp("--base-mpp", base_mpp)
     path = Path(path)
     folder = Path(root) if root is not None else path.parent
     try:
@@ -119,9 +121,17 @@ def _item(row: dict[str, str | None], folder: Path, base_mpp: float | None) -> S
         mpp = float(text)
     except ValueError as error:
         raise InputError(f"mpp of {name} must be a number, got {text!r}") from error
-    if not math.isfinite(mpp):
-        raise InputError(f"mpp of {name} must be a finite number, got {text!r}")
+    _check_mpp(f"mpp of {name}", mpp)
     return SlideItem(full, full.stem, case, mpp)
+
+
+def _check_mpp(what: str, mpp: float | None) -> None:
+    """Refuse a base resolution that no slide has; None is not given."""
+    if mpp is not None and not MIN_MPP <= mpp <= MAX_MPP:
+        raise InputError(
+            f"{what} must lie in {MIN_MPP}..{MAX_MPP:g} microns per level-0 pixel, got {mpp}; a "
+            "40x scan has about 0.25, a 20x scan 0.5"
+        )
 
 
 def _refuse_repeats(items: Iterable[SlideItem], where: str) -> None:
