@@ -1,0 +1,243 @@
+"""Clinical records from CSV or published splits: one row per case under fixed names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+
+from modaltune.clinical_encoder import ClinicalEncoder, ClinicalFeatures, check_age
+from modaltune.errors import CohortError, InputError
+from modaltune.labels import check_duration, check_event
+from modaltune.tables import is_missing, name_few, open_text, read_header, repeated
+
+__all__ = [
+    "COLUMNS",
+    "PROJECT_SITES",
+    "ClinicalEncoder",
+    "ClinicalFeatures",
+    "read_clinical",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Columns of a clinical table; its index is `case_id`.
+COLUMNS = (
+    "case_uuid",
+    "project",
+    "age",
+    "sex",
+    "site",
+    "stage",
+    "t",
+    "n",
+    "m",
+    "diagnosis",
+    "year",
+    "survival_months",
+    "event",
+    "primary_class",
+    "slides",
+)
+#: TCGA projects and the cancer location that the published sentences give them.
+PROJECT_SITES = {
+    "TCGA-BRCA": "breast",
+    "TCGA-BLCA": "bladder urothelial",
+    "TCGA-COAD": "colorectal",
+    "TCGA-READ": "colorectal",
+    "TCGA-GBM": "brain",
+    "TCGA-LGG": "brain",
+    "TCGA-LUAD": "lung",
+    "TCGA-LUSC": "lung",
+    "TCGA-KICH": "kidney",
+    "TCGA-KIRC": "kidney",
+    "TCGA-KIRP": "kidney",
+    "TCGA-STAD": "stomach",
+    "TCGA-UCEC": "uterus",
+}
+
+_KIND = "a readable clinical table (CSV, or JSON records of a published split)"
+_REFERENCE_NAMES = {
+    "case_id": "case_uuid",
+    "case_submitter_id": "case_id",
+    "project_id": "project",
+    "age_at_index": "age",
+    "ajcc_pathologic_stage": "stage",
+    "ajcc_pathologic_t": "t",
+    "ajcc_pathologic_n": "n",
+    "ajcc_pathologic_m": "m",
+    "primary_diagnosis": "diagnosis",
+    "year_of_diagnosis": "year",
+    "durations": "survival_months",
+    "vital_status": "event",
+    "primary_class": "primary_class",
+    "slide_submitter_id": "slide",
+}
+_TEXT_FIELDS = ("case_uuid", "project", "site", "stage", "t", "n", "m", "diagnosis", "year")
+_SEXES = {"f": "female", "m": "male"}
+_UNCLASSIFIED = -1
+
+
+def read_clinical(path: str | Path) -> pd.DataFrame:
+    """Read clinical records as one row per case.
+
+    Understood are CSV or TSV with our column names, and the JSON of a published split (bare NaN
+    allowed), both also as .gz or .zip. A CSV needs `case_id`; of the others (`COLUMNS`, `slide`)
+    any may be absent. `slide_id` is read as `slide`, `censorship` (1 = censored) as the reverse of
+    `event`, `is_female` as `sex`; a `site` that only repeats the hospital code of a TCGA barcode is
+    no organ and counts as missing; further columns are left out. Rows of one case (a row per slide)
+    are merged, a gap in one being filled from another.
+
+    Args:
+        path: The table.
+
+    Returns:
+        Index `case_id` (unique, in order of appearance), columns `COLUMNS`: `age` (years),
+        `survival_months` and `event` (1 died, 0 censored) float64 with NaN for missing,
+        `primary_class` int64 with -1 for unclassified, `slides` a tuple of slide ids, others text
+        or None. A published record gets its `site` from its project.
+
+    Raises:
+        CohortError: The file is damaged or lacks case ids, or rows of a case contradict each other.
+        InputError: A duration or age is negative, or a value is no number; names the case.
+
+    Source: FORMATS "Labels, clinical, genes"; REQUIREMENTS 32.
+    """
+    path = Path(path)
+    with open_text(path, _KIND) as text:
+        if ".json" in (suffix.lower() for suffix in path.suffixes):
+            records = _reference_records(text, path)
+        else:
+            records = _csv_records(text, path)
+    cases: dict[str, dict[str, Any]] = {}
+    for where, record in records:
+        if is_missing(record.get("case_id")):
+            raise CohortError(f"{path}, {where} must name its case, got none; fill in case_id")
+        case = str(record["case_id"]).strip()
+        parsed = {name: parse(record.get(name), case) for name, parse in _PARSERS.items()}
+        slide = _text(record.get("slide"), case)
+        parsed["slides"] = () if slide is None else (slide,)
+        cases[case] = _merge(cases[case], parsed, case, path) if case in cases else parsed
+    if not cases:
+        raise CohortError(f"{path} must hold at least one case, got none; check the file")
+    index = pd.Index(list(cases), name="case_id")
+    table = pd.DataFrame(list(cases.values()), index=index, columns=list(COLUMNS))
+    logger.info("%s: %d cases", path.name, len(table))
+    return table
+
+
+def _reference_records(text: TextIO, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the records of a published split under our names."""
+    content = json.load(text)
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
+        raise CohortError(
+            f'{path} must be {{"data": [record, ...]}}, got another structure; give a split of '
+            "the published layout, or a CSV"
+        )
+    records = []
+    for number, raw in enumerate(data, start=1):
+        record = {ours: raw.get(name) for name, ours in _REFERENCE_NAMES.items()}
+        record["site"] = PROJECT_SITES.get(str(raw.get("project_id")))
+        records.append((f"record {number}", record))
+    return records
+
+
+def _csv_records(text: TextIO, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows of a CSV under our names."""
+    header, delimiter = read_header(text, path)
+    if "case_id" not in header or repeated(header):
+        raise CohortError(
+            f"{path} must have a column case_id, and no column twice, got {name_few(header, 12)}; "
+            "rename the columns"
+        )
+    records = []
+    reader = csv.reader(text, delimiter=delimiter)
+    for row in reader:
+        if not any(map(str.strip, row)):
+            continue
+        where = f"line {reader.line_num + 1}"
+        if len(row) != len(header):
+            raise CohortError(
+                f"{path}, {where} must have {len(header)} cells like the header, got {len(row)}; "
+                "quote text that contains the delimiter"
+            )
+        records.append((where, _from_aliases(dict(zip(header, row, strict=True)))))
+    return records
+
+
+def _from_aliases(row: dict[str, Any]) -> dict[str, Any]:
+    """Bring the columns of cBioPortal-derived tables under our names, where ours are absent."""
+    case = row["case_id"]
+    if not is_missing(row.get("censorship")) and is_missing(row.get("event")):
+        row["event"] = 1.0 - check_event(row["censorship"], f"{case} (column censorship)")
+    if not is_missing(row.get("is_female")) and is_missing(row.get("sex")):
+        is_female = check_event(row["is_female"], f"{case} (column is_female)")
+        row["sex"] = "female" if is_female == 1.0 else "male"
+    if is_missing(row.get("slide")):
+        row["slide"] = row.get("slide_id")
+    # The middle of a TCGA barcode is the hospital; tables that repeat it as `site` mean that.
+    if case.startswith("TCGA-") and case.split("-")[1] == row.get("site"):
+        row["site"] = None
+    return row
+
+
+def _text(value: object, case: str) -> str | None:
+    """Return stripped text, None where missing."""
+    return None if is_missing(value) else str(value).strip()
+
+
+def _sex(value: object, case: str) -> str | None:
+    """Return `female`, `male` or other text in lower case, None where missing."""
+    text = _text(value, case)
+    return None if text is None else _SEXES.get(text.lower(), text.lower())
+
+
+def _primary_class(value: object, case: str) -> int:
+    """Return a class number, -1 where missing."""
+    if is_missing(value):
+        return _UNCLASSIFIED
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number >= _UNCLASSIFIED and number.is_integer()):
+        raise InputError(
+            f"primary_class of case {case} must be a whole number >= 0, or -1 for unclassified, "
+            f"got {value!r}; number the classes"
+        )
+    return int(number)
+
+
+_PARSERS: dict[str, Callable[[Any, str], Any]] = {
+    "age": check_age,
+    "sex": _sex,
+    "survival_months": check_duration,
+    "event": check_event,
+    "primary_class": _primary_class,
+    **dict.fromkeys(
+        ("case_uuid", "project", "site", "stage", "t", "n", "m", "diagnosis", "year"), _text
+    ),
+}
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any], case: str, path: Path) -> dict[str, Any]:
+    """Merge two rows of a case; a contradiction is an error, a gap is filled."""
+    merged = dict(old)
+    for name, value in new.items():
+        if name == "slides":
+            merged[name] = tuple(dict.fromkeys((*old[name], *value)))
+        elif is_missing(old[name]):
+            merged[name] = value
+        elif not is_missing(value) and value != old[name]:
+            raise CohortError(
+                f"{path}: rows of case {case} must agree in {name}, got {old[name]!r} and "
+                f"{value!r}; correct the table"
+            )
+    return merged
