@@ -55,9 +55,9 @@ def normalize_tiles(
 ) -> Tensor:
     """Turn uint8 tiles into the standardised input of an image network.
 
-    The shorter edge is resized to `resize_px` (antialiased, clamped to [0, 255], not rounded), the
-    centre `crop_px` square is kept, and `(x / 255 - mean) / std` is written channels first. An
-    edge that is already `resize_px` long is not touched.
+    The shorter edge is resized to `resize_px` (antialiased; widths, then heights, each clamped to
+    [0, 255] and not rounded), the centre `crop_px` square is kept, and `(x / 255 - mean) / std` is
+    written channels first. An edge that is already as long as wanted is not touched.
 
     Args:
         tiles: `[n, h, w, 3]` uint8 RGB, values 0..255; n may be 0.

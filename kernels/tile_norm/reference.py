@@ -2,9 +2,10 @@
 
     y[n, c, i, j] = (r(x)[n, i + top, j + left, c] / 255 - mean_c) / std_c
 
-r is the antialiased resize of the shorter edge (the identity where no resize is asked for), clamped
-to [0, 255] as 8-bit image libraries do, but not rounded to whole grey levels; top and left place
-the centre crop. Accumulation is float32, or float64 where float64 is asked for.
+r is the antialiased resize of the shorter edge (the identity where no resize is asked for): widths,
+then heights, each clamped to [0, 255] as 8-bit image libraries do, but not rounded to whole grey
+levels; top and left place the centre crop. Accumulation is float32, or float64 where float64 is
+asked for.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ def resize_and_crop(
         dtype: float32 or float64.
     """
     x = tiles.permute(0, 3, 1, 2)
-    size = resized_size(x.shape[2], x.shape[3], resize_px)
-    if size != tuple(x.shape[2:]):
-        # The crop needs every output row of the resize only at its own place, but the filter
-        # reaches beyond the crop: resize first, as the published pipelines do.
-        x = F.interpolate(x.to(dtype), size=size, mode=interpolation, antialias=True)
-        x = x.clamp_(0, 255)
+    rows, columns = resized_size(x.shape[2], x.shape[3], resize_px)
+    # Along the rows, then along the columns, each clamped: the order in which 8-bit image
+    # libraries work. One clamp at the end differs by tens of grey levels at hard edges.
+    for size in ((x.shape[2], columns), (rows, columns)):
+        if size != tuple(x.shape[2:]):
+            x = F.interpolate(x.to(dtype), size=size, mode=interpolation, antialias=True)
+            x = x.clamp_(0, 255)
     if crop_px is not None:
-        top, left = crop_origin(size, crop_px)
+        top, left = crop_origin((rows, columns), crop_px)
         x = x[:, :, top : top + crop_px, left : left + crop_px]
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 

@@ -1,0 +1,176 @@
+"""From a name to a tile encoder with its weights, and what of all this is on the machine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modaltune.engine.encoders.models import (
+    ImageFeatures,
+    TimmFeatures,
+    adapt_state,
+    build_for_loading,
+    build_network,
+    drop_classifier,
+)
+from modaltune.engine.encoders.registry import (
+    DEFAULT_ENCODER,
+    get_spec,
+    is_dynamic,
+    list_encoders,
+)
+from modaltune.engine.encoders.spec import EncoderSpec
+from modaltune.engine.encoders.timm_source import PREFIX as TIMM_PREFIX
+from modaltune.engine.encoders.timm_source import load_timm
+from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.weights import (
+    cached_weights,
+    find_weights,
+    load_strict,
+    packaged_weights,
+    read_state,
+    way_out,
+)
+from modaltune.engine.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def _load_built(spec: EncoderSpec, weights: Path | None, allow_download: bool) -> ImageFeatures:
+    path = find_weights(spec, weights, allow_download)
+    network = build_for_loading(lambda: build_network(spec))
+    load_strict(network, adapt_state(spec, network, read_state(path)), spec.name, str(path))
+    drop_classifier(network)
+    return TimmFeatures(network, spec.pooling)
+
+
+def _load(
+    name: str, weights: Path | None, allow_download: bool, trust_remote_code: str | None
+) -> tuple[EncoderSpec, ImageFeatures]:
+    if not is_dynamic(name):
+        spec = get_spec(name)
+        if trust_remote_code is not None:
+            raise InputError(
+                f"--trust-remote-code must come with --tile-encoder transformers:..., got "
+                f"{spec.name}, which needs no code but this program's; leave it out"
+            )
+        if spec.backend != "transformers":
+            return spec, _load_built(spec, weights, allow_download)
+        from modaltune.engine.encoders.transformers_source import load_registered
+
+        return spec, load_registered(spec, weights, allow_download)
+    if name.startswith(TIMM_PREFIX):
+        return load_timm(name, weights, allow_download)
+    # Imported here: transformers takes seconds, and the default encoder does without it.
+    from modaltune.engine.encoders.transformers_source import load_transformers
+
+    return load_transformers(name, weights, allow_download, trust_remote_code)
+
+
+def load_encoder(
+    name: str = DEFAULT_ENCODER,
+    *,
+    weights: Path | str | None = None,
+    allow_download: bool = False,
+    trust_remote_code: str | None = None,
+    device: torch.device | str = "cpu",
+    precision: str | None = None,
+    batch_size: int | None = None,
+) -> TileEncoder:
+    """Load a tile encoder with its weights; nothing is downloaded unless `allow_download` is set.
+
+    Args:
+        name: A registered name (`list_encoders`), `timm:NAME`, `timm:FOLDER`, `transformers:NAME`
+            or `transformers:FOLDER`.
+        weights: Weights file (`.safetensors`, or `.pt`, `.pth`, `.bin` with tensors only) or a
+            folder that holds it. Default: the installed package or the local hub cache.
+        allow_download: Whether missing weights may be fetched from the hub.
+        trust_remote_code: Full commit id whose model code may run; only for `transformers:`.
+        device: Where the encoder runs.
+        precision: `fp32`, `fp16` or `bf16`; default fp32 on a CPU, the spec's on a GPU.
+        batch_size: Tiles at a time.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        InputError: The name, device or a setting can't be used.
+        WeightsError: The weights are missing, damaged or another network's.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
+    path = None if weights is None else Path(weights)
+    spec, features = _load(name, path, allow_download, trust_remote_code)
+    encoder = TileEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
+    logger.info(
+        "tile encoder %s: %d features, %d px of %d px tiles at %g mpp, %s on %s",
+        spec.name,
+        spec.width,
+        spec.input_px,
+        spec.tile_px,
+        spec.mpp,
+        encoder.precision,
+        place,
+    )
+    return encoder
+
+
+@dataclass(frozen=True)
+class EncoderStatus:
+    """What `doctor` and the help show of a registered encoder.
+
+    Attributes:
+        name: Name of the encoder.
+        width: Features per tile.
+        tile_px: Recommended tile side in px.
+        mpp: Recommended microns per pixel.
+        licence: Licence of the weights.
+        is_gated: Whether terms must be accepted first.
+        source: Hub id or package.
+        weights: Path of the local weights, or None.
+        notes: What else to know.
+        way_out: How to get missing weights; empty where they are here.
+    """
+
+    name: str
+    width: int
+    tile_px: int
+    mpp: float
+    licence: str
+    is_gated: bool
+    source: str
+    weights: Path | None
+    notes: str
+    way_out: str
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the encoder runs as it is, offline."""
+        return self.weights is not None
+
+
+def describe_encoders() -> list[EncoderStatus]:
+    """Return the status of every registered encoder, the default first; offline and quick."""
+    found = []
+    for name in list_encoders():
+        spec = get_spec(name)
+        path = packaged_weights(spec) or cached_weights(spec)
+        found.append(
+            EncoderStatus(
+                name=spec.name,
+                width=spec.width,
+                tile_px=spec.tile_px,
+                mpp=spec.mpp,
+                licence=spec.licence,
+                is_gated=spec.is_gated,
+                source=spec.source,
+                weights=path,
+                notes=spec.notes,
+                way_out="" if path is not None else way_out(spec),
+            )
+        )
+    return found
