@@ -91,7 +91,9 @@ class CucimBackend:
 
     def __init__(self, path: Path, tags: TiffTags, vendor: str | None) -> None:
         with quiet_libraries(path.name):
-            # Its first import prints driver noise where there is no GPU.
+            # Its first import prints driver noise where there is no GPU, and cuFile, where torch
+            # brought it, leaves a cufile.log in the working folder.
+            os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)
             cucim: Any = importlib.import_module("cucim")
             try:
                 self._image: Any = cucim.CuImage(str(path))

@@ -1,7 +1,7 @@
 """Read tile features that other programs wrote, from what their files themselves say.
 
 One function per layout of FORMATS. Geometry that a file does not record stays None; it is never
-guessed. `.pt` files go through a child process (`modaltune.engine._untrusted_pt`).
+guessed. `.pt` files go through a child process (`modaltune.engine.untrusted_pt`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from modaltune.engine._untrusted_pt import UntrustedPtError, load_pt_tensors
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.hdf5_files import positive_number
 from modaltune.engine.tile_coords import TileCoords, read_coords

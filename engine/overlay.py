@@ -44,11 +44,11 @@ ALARM: Colour = (176, 42, 48)
 _MAX_SIDES = (64, 8192)
 _MIN_IMAGE_SIDE = 960
 _MIN_CANVAS_WIDTH = 1080
-_MARGIN = 36
-_HEADER = 118
-_FOOTER = 76
+MARGIN_PX = 36
+HEADER_PX = 118
+FOOTER_PX = 76
 _VEIL_GLASS = 0.55
-_VEIL_TISSUE = 0.42
+VEIL_TISSUE = 0.42
 _KEPT_TINT = 0.05
 _DROPPED_LINE = 0.38
 _KEPT_LINE = 0.95
@@ -123,7 +123,7 @@ def _draw_slide(slide: SlideReader, tissue: TissueMask, grid: TileGrid, max_side
     everything, kept = _corners(grid.candidates(), grid, view), _corners(grid.coords, grid, view)
     inside = _tiles_layer(kept, view, thickness=-1)
     solid = cv2.resize(tissue.mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    _blend(image, PAPER, (1 - inside) * (_VEIL_GLASS + (_VEIL_TISSUE - _VEIL_GLASS) * solid))
+    _blend(image, PAPER, (1 - inside) * (_VEIL_GLASS + (VEIL_TISSUE - _VEIL_GLASS) * solid))
     _blend(image, KEPT, _KEPT_TINT * inside)
     # Lines of small tiles lie dense: fainter, they leave the tissue visible under them.
     side = grid.tile_px_level0 * view.scale_x
@@ -181,16 +181,16 @@ def _contour_layer(tissue: TissueMask, view: _View) -> npt.NDArray[np.float32]:
 def _compose(picture: Uint8, slide: SlideReader, tissue: TissueMask, grid: TileGrid) -> Image.Image:
     """Set the drawn slide between header and legend."""
     height, width = picture.shape[:2]
-    canvas_width = max(width + 2 * _MARGIN, _MIN_CANVAS_WIDTH)
-    canvas = Image.new("RGB", (canvas_width, height + _HEADER + _FOOTER), PAPER)
+    canvas_width = max(width + 2 * MARGIN_PX, _MIN_CANVAS_WIDTH)
+    canvas = Image.new("RGB", (canvas_width, height + HEADER_PX + FOOTER_PX), PAPER)
     left = (canvas_width - width) // 2
-    canvas.paste(Image.fromarray(picture), (left, _HEADER))
+    canvas.paste(Image.fromarray(picture), (left, HEADER_PX))
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((left - 1, _HEADER - 1, left + width, _HEADER + height), outline=RULE)
+    draw.rectangle((left - 1, HEADER_PX - 1, left + width, HEADER_PX + height), outline=RULE)
     _draw_header(draw, canvas_width, slide, grid)
-    _draw_legend(draw, canvas_width, _HEADER + height, tissue)
+    _draw_legend(draw, canvas_width, HEADER_PX + height, tissue)
     px_per_mm = width / (slide.dimensions[0] * grid.base_mpp / 1000.0)
-    _draw_scale_bar(draw, canvas_width - _MARGIN, _HEADER + height, width, px_per_mm)
+    _draw_scale_bar(draw, canvas_width - MARGIN_PX, HEADER_PX + height, width, px_per_mm)
     return canvas
 
 
@@ -201,10 +201,10 @@ def _draw_header(draw: ImageDraw.ImageDraw, width: int, slide: SlideReader, grid
     if total:
         caption += f" ({100 * len(grid) / total:.0f} %)"
     big, small = _font(30, bold=True), _font(16)
-    right = width - _MARGIN
+    right = width - MARGIN_PX
     draw.text((right, 54), count, INK if len(grid) else ALARM, big, anchor="rs")
     draw.text((right, 80), caption, MUTED, small, anchor="rs")
-    room = width - 3 * _MARGIN - max(draw.textlength(count, big), draw.textlength(caption, small))
+    room = width - 3 * MARGIN_PX - max(draw.textlength(count, big), draw.textlength(caption, small))
 
     w, h = slide.dimensions
     mm = grid.base_mpp / 1000.0
@@ -216,7 +216,7 @@ def _draw_header(draw: ImageDraw.ImageDraw, width: int, slide: SlideReader, grid
             else _tile_line(grid)),
     )  # fmt: skip
     for baseline, font, colour, text in lines:
-        draw.text((_MARGIN, baseline), _fitted(draw, text, font, room), colour, font, anchor="ls")
+        draw.text((MARGIN_PX, baseline), _fitted(draw, text, font, room), colour, font, anchor="ls")
 
 
 def _tile_line(grid: TileGrid) -> str:
@@ -229,8 +229,8 @@ def _tile_line(grid: TileGrid) -> str:
 def _draw_legend(draw: ImageDraw.ImageDraw, width: int, top: int, tissue: TissueMask) -> None:
     """Swatches for outline, kept and dropped tiles, side by side."""
     font = _font(16)
-    y = top + _FOOTER // 2
-    x = float(_MARGIN)
+    y = top + FOOTER_PX // 2
+    x = float(MARGIN_PX)
     tint = tuple(round(p + (k - p) * 0.12) for p, k in zip(PAPER, KEPT, strict=True))
     faint = tuple(round(p + (k - p) * 0.6) for p, k in zip(PAPER, DROPPED, strict=True))
     entries = (
@@ -251,16 +251,16 @@ def _draw_scale_bar(
     draw: ImageDraw.ImageDraw, right: int, top: int, image_width: int, px_per_mm: float
 ) -> None:
     """A bar of a round length in mm, at most a quarter of the drawn slide (or 260 px) long."""
-    length_mm = _round_length(min(image_width / 4, 260.0) / px_per_mm)
+    length_mm = round_length(min(image_width / 4, 260.0) / px_per_mm)
     length = max(2, round(length_mm * px_per_mm))
-    y = top + _FOOTER // 2 + 10
+    y = top + FOOTER_PX // 2 + 10
     draw.line((right - length, y, right, y), fill=INK, width=3)
     for x in (right - length, right):
         draw.line((x, y - 6, x, y + 1), fill=INK, width=2)
     draw.text((right, y - 12), f"{length_mm:g} mm", INK, _font(16), anchor="rs")
 
 
-def _round_length(limit: float) -> float:
+def round_length(limit: float) -> float:
     """The largest of 1, 2, 5 times a power of ten that is at most `limit`."""
     power = 10.0 ** math.floor(math.log10(limit))
     return next(step * power for step in (5, 2, 1) if step * power <= limit * (1 + 1e-9))

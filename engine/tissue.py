@@ -258,7 +258,7 @@ def _check_options(
         )
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile with numba, cached on disk where any place for the cache can be written."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
@@ -283,7 +283,7 @@ _X_WHITE, _Y_WHITE, _Z_WHITE = sum(_X), sum(_Y), sum(_Z)
 _DELTA = 6.0 / 29.0
 
 
-@_compiled
+@compiled
 def _response(t: float) -> float:
     """CIE lightness response of a tristimulus ratio: a cube root with a linear foot."""
     if t > _DELTA * _DELTA * _DELTA:
@@ -291,7 +291,7 @@ def _response(t: float) -> float:
     return t / (3.0 * _DELTA * _DELTA) + 4.0 / 29.0
 
 
-@_compiled
+@compiled
 def _lab(
     red: int, green: int, blue: int, linear: npt.NDArray[np.float64]
 ) -> tuple[float, float, float]:
@@ -303,7 +303,7 @@ def _lab(
     return 116.0 * fy - 16.0, 500.0 * (fx - fy), 200.0 * (fy - fz)
 
 
-@_compiled
+@compiled
 def _lab_rows(
     rgb: Uint8,
     linear: npt.NDArray[np.float64],
@@ -321,7 +321,7 @@ def _lab_rows(
             out[y, x] = 1 if squared > limit_squared else 0
 
 
-@_compiled
+@compiled
 def _a_sum_rows(
     rgb: Uint8,
     linear: npt.NDArray[np.float64],
@@ -337,7 +337,7 @@ def _a_sum_rows(
         sums[y] = total
 
 
-@_compiled
+@compiled
 def _a_rows(
     rgb: Uint8,
     linear: npt.NDArray[np.float64],
@@ -353,7 +353,7 @@ def _a_rows(
             out[y, x] = 1 if a > limit else 0
 
 
-@_compiled
+@compiled
 def _hsv_rows(
     rgb: Uint8, min_saturation: float, min_value: float, out: Uint8, start: int, stop: int
 ) -> None:
@@ -366,7 +366,7 @@ def _hsv_rows(
             out[y, x] = 1 if is_tissue else 0
 
 
-@_compiled
+@compiled
 def _saturation_rows(rgb: Uint8, out: Uint8, start: int, stop: int) -> None:
     """Rows start..stop of `out` [h, w]: HSV saturation scaled to 0..255, rounded."""
     for y in range(start, stop):

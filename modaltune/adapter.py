@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from modaltune.errors import InputError
 from modaltune.kernels import extract, inject
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
@@ -44,9 +46,9 @@ class AdapterConfig(BaseModel):
         return self
 
 
-def _linear(out_features: int, in_features: int) -> nn.Linear:
+def _linear(out_features: int, in_features: int, gain: float = 1.0) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(layer.weight)
+    nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -62,14 +64,20 @@ class BottleneckAttention(nn.Module):
     def __init__(self, width: int, heads: int, bottleneck: float | None) -> None:
         super().__init__()
         inner = width if bottleneck is None else int(width * bottleneck)
-        if inner % heads:
-            raise ValueError(f"adapter heads must divide the inner width {inner}, got {heads}")
+        if inner < 1 or inner % heads:
+            raise InputError(
+                f"adapter heads must divide the inner width {inner}, got {heads}; change heads or "
+                "the bottleneck"
+            )
         self.heads = heads
         self.reduce = None if bottleneck is None else _linear(inner, width)
         self.expand = None if bottleneck is None else _linear(width, inner)
-        self.query = _linear(inner, inner)
-        self.key = _linear(inner, width)
-        self.value = _linear(inner, width)
+        # Without a bottleneck the published three are one matrix [3D, D] when drawn: its Xavier
+        # bound, sqrt(6 / 4D), is smaller than that of a [D, D] by sqrt(1/2).
+        gain = math.sqrt(0.5) if bottleneck is None else 1.0
+        self.query = _linear(inner, inner, gain)
+        self.key = _linear(inner, width, gain)
+        self.value = _linear(inner, width, gain)
         self.out = _linear(inner, inner)
 
     def query_map(self) -> tuple[Tensor, Tensor]:
@@ -271,9 +279,9 @@ class ModalAdapter(nn.Module):
     def __init__(self, width: int, depth: int, config: AdapterConfig) -> None:
         super().__init__()
         if config.interactions[-1][1] >= depth:
-            raise ValueError(
+            raise InputError(
                 f"interactions must lie within the encoder's {depth} blocks, got "
-                f"{config.interactions}"
+                f"{config.interactions}; give ranges of its blocks"
             )
         ranges: Sequence[tuple[int, int]] = config.interactions
         extra = 2 if config.use_extra_extractors else 0

@@ -78,35 +78,76 @@ class CaseBatch:
         """Raise InputError where this batch does not fit the model.
 
         Raises:
-            InputError: Wrong widths, non-finite values, unknown modalities, broken offsets; the
-                message names the case.
+            InputError: Wrong widths, non-finite values, unknown modalities, broken offsets, a case
+                that holds nothing; the message names the case.
         """
-        width = model.slide_encoder.in_features
-        if self.tiles.dim() != 2 or (self.tiles.shape[0] and self.tiles.shape[1] != width):
-            raise InputError(
-                f"tile features must be [N, {width}] for this slide encoder, got "
-                f"{list(self.tiles.shape)}; embed the slides with the tile encoder it was made for"
-            )
-        bounds = self.offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != self.tiles.shape[0] or bounds != sorted(bounds):
-            raise InputError(
-                f"offsets must rise from 0 to {self.tiles.shape[0]} rows of tiles, got {bounds[:8]}"
-            )
+        self._check_tiles(model.slide_encoder.in_features)
         unknown = set(self.modalities) - set(model.modalities)
         if unknown:
             raise InputError(
                 f"modalities must be among {sorted(model.modalities)}, got {sorted(unknown)}; "
                 "pass further ones to ModalTune(extra_modalities=...)"
             )
-        for name in self.modalities:
-            values, present = self.modality(name)
-            if values is None or values.shape[0] != self.num_cases:
-                got = None if values is None else values.shape[0]
-                raise InputError(f"{name} must have {self.num_cases} rows, one a case, got {got}")
-            bad = ~torch.isfinite(values).reshape(self.num_cases, -1).all(dim=1)
-            if bool(bad.any()):
-                first = self.case_id(int(bad.nonzero()[0]))
+        has_any = self.offsets.diff() > 0
+        for name, module in model.each_modality().items():
+            if name in self.modalities:
+                has_any = has_any | self._check_modality(name, module.in_features).cpu()
+        if not bool(has_any.all()):
+            raise InputError(
+                f"case {self.case_id(int((~has_any).nonzero()[0]))} must have tiles or a modality "
+                "of the model, got none; leave it out"
+            )
+
+    def _check_tiles(self, width: int) -> None:
+        if self.tiles.dim() != 2 or (self.tiles.shape[0] and self.tiles.shape[1] != width):
+            raise InputError(
+                f"tile features must be [N, {width}] for this slide encoder, got "
+                f"{list(self.tiles.shape)}; embed the slides with the tile encoder it was made for"
+            )
+        if tuple(self.positions_px.shape) != (self.tiles.shape[0], 2):
+            raise InputError(
+                f"positions_px must be [{self.tiles.shape[0]}, 2], a corner (x, y) per tile, got "
+                f"{list(self.positions_px.shape)}; pass the coordinates of the same tiles"
+            )
+        bounds = self.offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != self.tiles.shape[0] or bounds != sorted(bounds):
+            raise InputError(
+                f"offsets must rise from 0 to {self.tiles.shape[0]} rows of tiles, got {bounds[:8]}"
+            )
+        if self.case_ids and len(self.case_ids) != self.num_cases:
+            raise InputError(
+                f"case_ids must name {self.num_cases} cases, got {len(self.case_ids)}; give one "
+                "for each, or none"
+            )
+        bad = ~torch.isfinite(self.tiles).all(dim=1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            case = sum(end <= row for end in bounds[1:])
+            raise InputError(
+                f"tile features must be finite, got NaN or infinity in {int(bad.sum())} tile(s), "
+                f"the first of case {self.case_id(case)}; embed its slides again"
+            )
+
+    def _check_modality(self, name: str, width: int | None) -> Tensor:
+        """Check the values of one modality; return `[B]` bool, who has it."""
+        for what, tensor in ((name, self.modalities[name]), ("present", self.present.get(name))):
+            if tensor is not None and tensor.shape[:1] != (self.num_cases,):
                 raise InputError(
-                    f"{name} must be finite, got NaN or infinity in {int(bad.sum())} case(s), the "
-                    f"first is {first}; impute the values or leave the modality of that case out"
+                    f"{what} of modality {name} must have {self.num_cases} rows, one a case, got "
+                    f"{list(tensor.shape)}"
                 )
+        kept, present = self.modality(name)
+        values = self.modalities[name] if kept is None else kept
+        if width is not None and values.shape[1:] != (width,):
+            raise InputError(
+                f"{name} must be [{self.num_cases}, {width}] for this model, got "
+                f"{list(values.shape)}; preprocess them with what was saved with the model"
+            )
+        bad = ~torch.isfinite(values).reshape(self.num_cases, -1).all(dim=1)
+        if bool(bad.any()):
+            first = self.case_id(int(bad.nonzero()[0]))
+            raise InputError(
+                f"{name} must be finite, got NaN or infinity in {int(bad.sum())} case(s), the "
+                f"first is {first}; impute the values or leave the modality of that case out"
+            )
+        return present

@@ -42,7 +42,8 @@ def scale_positions(slide: TileFeatures, convention: PositionConvention) -> Tens
     Under `reference` these are level-0 px, as published. Under `scaled` they are px at the target
     mpp, so that a 20x and a 40x scan of the same tissue get the same positions. Level-0 corners are
     rounded to whole px, so a grid is put back exactly: dividing a corner by the tile size alone
-    would push about half the tiles of a slide of 0.2527 mpp into a neighbour's cell.
+    would push about half the tiles of a slide of 0.2527 mpp into a neighbour's cell. Some producers
+    round the step of the grid instead of its corners; such a grid is recognised, too.
 
     Raises:
         FeatureFileError: The file does not say how large a tile is at level 0.
@@ -60,11 +61,14 @@ def scale_positions(slide: TileFeatures, convention: PositionConvention) -> Tens
             "level 0, to scale positions, got neither; fill them with dataclasses.replace("
             "features, base_mpp=..., target_mpp=...), or use position_convention='reference'"
         )
-    if slide.tile_px:
-        step_px = slide.tile_px - slide.overlap_px
-        index = torch.round(coords * scale / step_px)
-        if bool(((index * step_px / scale - coords).abs() <= 0.5 + 1e-6).all()):
-            return index * step_px
+    step_px = (slide.tile_px or 0) - slide.overlap_px
+    if slide.tile_px and step_px > 0:
+        steps = [step_px / scale]
+        steps += [slide.level0_tile_px * step_px / slide.tile_px] if slide.level0_tile_px else []
+        for level0_step in steps:
+            index = torch.round(coords / level0_step)
+            if bool(((index * level0_step - coords).abs() <= 0.5 + 1e-6).all()):
+                return index * step_px
     return (coords + 0.5) * scale  # the middle of a level-0 px: rounding never crosses a cell
 
 
@@ -130,6 +134,12 @@ def pack_cases(
     for name in names:
         own = [case.values.get(name) for case in cases]
         shape = next(v.shape for v in own if v is not None)
+        for case, value in zip(cases, own, strict=True):
+            if value is not None and value.shape != shape:
+                raise InputError(
+                    f"{name} of case {case.case_id} must have shape {list(shape)}, as of the cases "
+                    f"before it, got {list(value.shape)}; preprocess all cases in the same way"
+                )
         values[name] = torch.stack([v if v is not None else torch.zeros(shape) for v in own])
         present[name] = torch.tensor([v is not None for v in own])
     return CaseBatch(
@@ -169,11 +179,21 @@ class Cohort:
         return tuple(read_features(path) for path in self.slides.get(case_id, ()))
 
     def rows(self, table: pd.DataFrame | None, case_ids: Iterable[str]) -> pd.DataFrame | None:
-        """Return the rows of those cases that a table has, or None when it has none of them."""
+        """Return the rows of those cases that a table has, or None when it has none of them.
+
+        Raises:
+            CohortError: The table has two rows of one case.
+        """
         if table is None:
             return None
-        known = set(map(str, table.index))
-        wanted = [case for case in case_ids if case in known]
+        table = table.set_axis(table.index.map(str), axis=0)
+        twice = sorted(set(table.index[table.index.duplicated()]))
+        if twice:
+            raise CohortError(
+                f"tables must have one row per case, got several for {len(twice)} case(s), such as "
+                f"{', '.join(twice[:5])}; keep one of each"
+            )
+        wanted = [case for case in case_ids if case in table.index]
         return table.loc[wanted] if wanted else None
 
 

@@ -27,13 +27,15 @@ from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.engine.store import read_features
 from modaltune.errors import CheckpointError
 from modaltune.modalities import Modality
-from modaltune.model import ModalTune
+from modaltune.model import TASK, ModalTune
 from modaltune.preprocessing import Preprocessing
 from modaltune.targets import TextProjector
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "run.json"
 _PROJECTOR = "projector."
+_BUILT_IN = (TASK, "genes", "clinical")
+_KEYS = ("config", "preprocessing", "projector", "extra_modalities", "weights_sha256", "info")
 
 
 @dataclass
@@ -122,7 +124,8 @@ def save_run(folder: str | Path, run: Run) -> Path:
             "config": run.model.config.model_dump(mode="json"),
             "preprocessing": run.preprocessing.to_dict(),
             "projector": None if projector is None else [projector.text_dim, projector.out_dim],
-            "extra_modalities": sorted(set(run.model.modalities) - {"genes", "clinical"}),
+            # In token order: their learned positions follow it.
+            "extra_modalities": [m for m in run.model.spans if m not in _BUILT_IN],
             "weights_sha256": _sha256(folder / WEIGHTS),
             "info": run.info,
         },
@@ -148,29 +151,29 @@ def load_run(
     """
     folder = Path(folder)
     described = _read_description(folder)
-    given = sorted(extra_modalities or {})
-    if given != described["extra_modalities"]:
+    given, further = dict(extra_modalities or {}), described["extra_modalities"]
+    if set(given) != set(further):
         raise CheckpointError(
-            f"extra_modalities of run {folder} must be {described['extra_modalities']}, got "
-            f"{given}; pass a fresh module for each"
+            f"extra_modalities of run {folder} must be {further}, got {sorted(given)}; pass a "
+            "fresh module for each"
         )
     if _sha256(folder / WEIGHTS) != described["weights_sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} must have the checksum that {DESCRIPTION} states, got another; "
             "the file is damaged or was replaced: copy the run again"
         )
-    preprocessing = Preprocessing.from_dict(described["preprocessing"])
-    pathways = preprocessing.pathways
     try:
+        preprocessing = Preprocessing.from_dict(described["preprocessing"])
+        pathways = preprocessing.pathways
         state = load_file(folder / WEIGHTS)
         model = ModalTune(
             ModalTuneConfig.model_validate(described["config"]),
             gene_index=None if pathways is None else pathways.indices,
             gene_offsets=None if pathways is None else pathways.offsets,
-            extra_modalities=extra_modalities,
+            extra_modalities={name: given[name] for name in further},
         )
         model.load_state_dict({k: t for k, t in state.items() if not k.startswith(_PROJECTOR)})
-    except (SafetensorError, ValidationError, RuntimeError) as error:
+    except (SafetensorError, ValidationError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"run {folder} must hold weights of the model it describes, got: {error}"
         ) from error
@@ -191,13 +194,20 @@ def _read_description(folder: Path) -> dict[str, Any]:
             "or import one with: modaltune import-checkpoint"
         )
     try:
-        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} must be JSON, got: {error}; copy the run again") from error
-    if described.get("format") != "modaltune-run" or described["format_version"] > FORMAT_VERSION:
+    described: dict[str, Any] = read if isinstance(read, dict) else {}
+    kind, version = described.get("format"), described.get("format_version")
+    if kind != "modaltune-run" or not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} must describe a modaltune run of format {FORMAT_VERSION} or older, got "
-            f"{described.get('format')!r} {described.get('format_version')}; update modaltune"
+            f"{kind!r} {version}; update modaltune"
+        )
+    missing = [key for key in _KEYS if key not in described]
+    if missing:
+        raise CheckpointError(
+            f"{path} must hold {', '.join(_KEYS)}, got no {', '.join(missing)}; copy the run again"
         )
     return described
 

@@ -119,14 +119,14 @@ def demo(
 @reports_errors
 def doctor(as_json: JsonFlag = False) -> None:
     """Say what is installed, what that enables, what is missing and how to get it."""
-    from modaltune.doctor import render, run_doctor, to_json
+    from modaltune.doctor import exit_code, render, run_doctor, to_json
 
     checks = run_doctor()
     if as_json:
-        _print_json(to_json(checks))
+        sys.stdout.write(to_json(checks) + "\n")
     else:
         render(checks, out_console)
-    if any(check.status == "FAIL" for check in checks):
+    if exit_code(checks):
         raise typer.Exit(FAILED)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from modaltune.cases import Case, Cohort, prepare_cases
 from modaltune.checkpoint import Run
 from modaltune.engine.atomic import atomic_path
 
+CASES_IN_MEMORY = 16  # whose tile features are held at once
 ALIKE = 0.98  # cosine above which two different cases count as the same embedding
 
 
@@ -25,7 +26,7 @@ class CohortEmbeddings:
     """Embeddings `[N, T, out_features]` of N cases, and how much they differ.
 
     Attributes:
-        cases: The cases, in order.
+        cases: The cases, in order, without their tile features.
         values: `[N, T, out_features]` float32, not normalised.
         alike_share: Share of pairs of cases whose general embeddings have cosine > 0.98, or None
             for a single case. Near 1 the embedding does not tell patients apart.
@@ -49,20 +50,28 @@ def embed_cohort(
         cohort: Feature files and tables.
         case_ids: Which cases; those with at least one usable modality unless given.
         on_case: Called with cases done and cases in all.
+
+    Raises:
+        InputError: A case asked for is unknown, holds nothing, or breaks a rule; named.
     """
     wanted = cohort.case_ids if case_ids is None else tuple(case_ids)
-    prepared = [
-        case
-        for case in prepare_cases(cohort, wanted, run.preprocessing)
-        if case_ids is not None or case.values or any(len(s) for s in case.slides)
-    ]
-    outputs = []
-    for done, case in enumerate(prepared, start=1):
-        outputs.append(run.embed([case]))
-        if on_case is not None:
-            on_case(done, len(prepared))
+    embedded, outputs = [], []
+    for first in range(0, len(wanted), CASES_IN_MEMORY):
+        chunk = wanted[first : first + CASES_IN_MEMORY]
+        for done, case in enumerate(prepare_cases(cohort, chunk, run.preprocessing), first + 1):
+            if case_ids is not None or case.values or any(len(s) for s in case.slides):
+                outputs.append(run.embed([case]))
+                embedded.append(_without_features(case))
+            if on_case is not None:
+                on_case(done, len(wanted))
     values = torch.cat(outputs) if outputs else run.embed([])
-    return CohortEmbeddings(tuple(prepared), values, alike_share(values[:, 0]))
+    return CohortEmbeddings(tuple(embedded), values, alike_share(values[:, 0]))
+
+
+def _without_features(case: Case) -> Case:
+    """Return a case whose slides keep their tile count, but not the features: they may be GBs."""
+    slides = (replace(s, features=s.features[:, :0].copy()) for s in case.slides)
+    return replace(case, slides=tuple(slides))
 
 
 def alike_share(embeddings: Tensor) -> float | None:
@@ -98,10 +107,10 @@ def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -
             rows["tiles"].append(tiles)
     flat = pa.array(embeddings.values.reshape(-1).numpy())
     provenance = {
+        **run.info,
         "random_backbone": run.model.config.random_backbone,
         "position_convention": run.model.config.position_convention,
         "alike_share": embeddings.alike_share,
-        **run.info,
     }
     table = pa.table(
         {

@@ -76,7 +76,8 @@ def find_cases(folder: Path) -> list[Path]:
     cases = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         meta = _read_meta(path)
-        if isinstance(meta, dict) and "kind" in meta:
+        is_case = isinstance(meta, dict) and "kind" in meta
+        if is_case or path.with_suffix(".safetensors").exists():
             cases.append(path)
     if not cases:
         raise InputError(
@@ -99,17 +100,29 @@ def run_case(path: Path, impl: str = "auto") -> list[Comparison]:
     Args:
         path: The case's JSON; its tensors lie beside it.
         impl: Implementation of the kernels. What it does not cover runs the reference, and says so.
+
+    Raises:
+        InputError: A file is unreadable, incomplete or of an unknown kind.
     """
-    meta = {"name": path.stem, **_read_meta(path)}
+    meta = _read_meta(path)
+    if not isinstance(meta, dict):
+        raise InputError(f"golden case {path} must be a JSON object, got {type(meta).__name__}")
+    meta = {"name": path.stem, **meta}
     stored = _stored_tensors(path, meta)
     used, note = _within_reach(meta, stored, impl)
     inputs = Inputs(stored, torch.float32)
-    answers = run_kind(inputs, meta, used)
-    rows = list(_compare(meta, stored, answers))
-    rows += _untouched(meta["name"], inputs)
-    if meta["kind"] not in ("evaluation", "lr_schedule"):
-        double = run_kind(Inputs(stored, torch.float64), meta, used)
-        rows.append(_self_check(meta["name"], answers, double))
+    try:
+        answers = run_kind(inputs, meta, used)
+        rows = list(_compare(meta, stored, answers))
+        rows += _untouched(meta["name"], inputs) + _absent(meta, stored)
+        if meta["kind"] not in ("evaluation", "lr_schedule"):
+            double = run_kind(Inputs(stored, torch.float64), meta, used)
+            rows.append(_self_check(meta["name"], answers, double))
+    except KeyError as error:
+        raise InputError(
+            f"golden case {path} must hold all that its kind {meta.get('kind')!r} needs, got no "
+            f"{error}; copy the case again"
+        ) from error
     return [replace(row, note=row.note or note) for row in rows]
 
 
@@ -158,7 +171,6 @@ def _compare(
     case = meta["name"]
     if meta["kind"] == "lr_schedule":
         yield from _compare_schedule(meta, answers)
-        return
     for name, want in stored.items():
         if name.split("/")[0] in _INPUT_GROUPS:
             continue
@@ -186,7 +198,9 @@ def _compare_one(
         yield _compare_step(case, leaf, got, want, meta, stored)
     elif group.startswith("grad"):
         if _is_zero_gradient(leaf, meta):
-            yield Comparison(case, name, _largest(got, 0 * got), ZERO_GRAD, "max abs, true 0")
+            yield Comparison(
+                case, name, _largest(got, torch.zeros_like(got)), ZERO_GRAD, "max abs, true 0"
+            )
         else:
             yield Comparison(case, name, _relative(got, want), GRAD_EACH, "relative")
     elif meta["kind"] == "evaluation":
@@ -277,6 +291,15 @@ def _untouched(case: str, inputs: Inputs) -> list[Comparison]:
     ]
 
 
+def _absent(meta: Mapping[str, Any], stored: Mapping[str, Tensor]) -> list[Comparison]:
+    """Report tensors that the JSON lists and the file does not hold: it was cut, or is another."""
+    return [
+        Comparison(meta["name"], name, math.nan, 0.0, "not compared", "listed, but not in the file")
+        for name in meta.get("tensors", {})
+        if name not in stored
+    ]
+
+
 def _self_check(case: str, single: Answers, double: Answers) -> Comparison:
     """Compare outputs and intermediates of our float32 run with our float64 run."""
     worst, where = 0.0, ""
@@ -298,6 +321,10 @@ def run_folder(folder: Path, impl: str = "auto") -> list[Comparison]:
     rows: list[Comparison] = []
     for path in find_cases(folder):
         rows += run_case(path, impl)
+    for path in sorted(folder.glob("*.safetensors")):
+        if not path.with_suffix(".json").exists():
+            note = "no JSON beside the file says what it is"
+            rows.append(Comparison(path.stem, "*", math.nan, 0.0, "not compared", note))
     return rows
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modaltune.checkpoint import Run, load_run, save_run
-from modaltune.engine._untrusted_pt import UntrustedPtError, load_pt_tensors
+from modaltune.config import ModalTuneConfig
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.atomic import atomic_path
 from modaltune.errors import CheckpointError, InputError
 from modaltune.model import ModalTune
@@ -63,16 +64,16 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: Keys or shapes do not fit; they are named, and nothing is written.
+        InputError: The options are unreadable or no valid configuration.
     """
     state = read_state(path)
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     found, sizes = options_from_state(shapes)
+    _check_values(state, path)
     merged = {**found, **_read_options(options)}
-    check_interactions(merged, shapes)
+    config = _config(merged, shapes)
     index = _pathway_index(pathways, sizes)
-    model = ModalTune(
-        config_from_reference(merged), gene_index=index.indices, gene_offsets=index.offsets
-    )
+    model = ModalTune(config, gene_index=index.indices, gene_offsets=index.offsets)
     model_from_reference(model, state, str(path))
     run = Run(
         model.eval(),
@@ -96,6 +97,30 @@ def export_checkpoint(run_folder: Path, out: Path) -> dict[str, Tensor]:
     with atomic_path(out) as temporary:
         save_file({name: t.clone().contiguous() for name, t in state.items()}, temporary)
     return state
+
+
+def _config(options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModalTuneConfig:
+    try:
+        check_interactions(options, shapes)
+        return config_from_reference(options)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config must hold valid values of published configuration keys, got: {error}; correct "
+            "them"
+        ) from error
+
+
+def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that our float32 can't hold to the bit, or that are no numbers."""
+    wide = (torch.float32, torch.float16, torch.bfloat16)
+    bad = [n for n, t in state.items() if t.dtype not in wide or not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(
+            f"checkpoint {path} must hold finite floats of at most 32 bits, got others in "
+            f"{len(bad)} tensor(s), such as {', '.join(sorted(bad)[:5])}; save it with .float()"
+        )
 
 
 def _read_options(path: Path | None) -> Mapping[str, Any]:

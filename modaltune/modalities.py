@@ -18,9 +18,13 @@ from modaltune.kernels import pathway_mlp
 
 
 class Modality(nn.Module):
-    """Turns the values of one modality into `num_tokens` tokens of width D per case."""
+    """Turns the values of one modality into `num_tokens` tokens of width D per case.
+
+    Cases without the modality come as zeros, and what `forward` makes of them is masked.
+    """
 
     num_tokens: int
+    in_features: int | None = None  # values expected per case, where that is a number to check
 
     @abstractmethod
     def forward(self, values: Tensor) -> Tensor:
@@ -159,6 +163,7 @@ class GeneModality(Modality):
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.num_tokens = config.tokens + int(use_cls)
+        self.in_features = None if gene_index.is_meta else int(gene_index.max()) + 1
 
     def forward(self, values: Tensor) -> Tensor:
         """Return `[B, (1 +) tokens, D]` of standardised expression `[B, M]`."""
@@ -179,6 +184,7 @@ class ClinicalModality(Modality):
 
     def __init__(self, in_features: int, width: int) -> None:
         super().__init__()
+        self.in_features = in_features
         self.linear1 = nn.Linear(in_features, width // 2)
         self.linear2 = nn.Linear(width // 2, width)
         self.norm = nn.LayerNorm(width)

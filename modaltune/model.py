@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.slide_encoders.titan import TitanEncoder
 
 TASK = "task"
+_RESERVED = {"slide", TASK, "genes", "clinical"}  # names of our own slots in the head
 
 
 def build_slide_encoder(config: ModalTuneConfig) -> SlideEncoder:
@@ -84,9 +86,12 @@ class ModalTune(nn.Module):
             modalities["genes"] = GeneModality(
                 gene_index, gene_offsets, width, config.genes, config.prompt_agg == "cls"
             )
-        taken = {TASK, *modalities} & set(extra_modalities or {})
+        taken = _RESERVED & set(extra_modalities or {})
         if taken:
-            raise InputError(f"extra_modalities must have new names, got {sorted(taken)}")
+            raise InputError(
+                f"extra_modalities must have names other than {sorted(_RESERVED)}, got "
+                f"{sorted(taken)}; rename them"
+            )
         modalities.update(extra_modalities or {})
         self.modalities = nn.ModuleDict(modalities)
         self.task_prompts = TaskPrompts(len(config.tasks), width) if self.has_tasks else None
@@ -164,13 +169,37 @@ class ModalTune(nn.Module):
         bounds = torch.cat([batch.offsets[:1], batch.offsets[1:][filled]])
         try:
             tokens = self.slide_encoder.embed(batch.tiles, batch.positions_px, bounds)
-        except InputError as error:
-            ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
-            raise InputError(f"case {ids}: {error}") from error
+        except InputError:
+            self._name_misplaced(batch)
+            raise
         if self.adapter.first_block > 0:
             tokens = self.slide_encoder.blocks(tokens, 0, self.adapter.first_block - 1)
         index = None if bool(filled.all()) else filled.nonzero().squeeze(1).to(tokens.x.device)
         return tokens, index
+
+    def _name_misplaced(self, batch: CaseBatch) -> None:
+        """Raise again what embedding the tiles raised, naming the first case that it is about."""
+        bounds = batch.offsets.tolist()
+        for case, (start, end) in enumerate(pairwise(bounds)):
+            try:
+                if end > start:
+                    self.slide_encoder.embed(
+                        batch.tiles[start:end],
+                        batch.positions_px[start:end],
+                        torch.tensor([0, end - start]),
+                    )
+            except InputError as error:
+                raise InputError(f"case {batch.case_id(case)}: {error}") from error
+
+    def _wanted_tasks(self, tasks: Sequence[int] | None) -> Sequence[int]:
+        count = len(self.config.tasks)
+        wanted = range(count) if tasks is None else tasks
+        if not wanted or any(not 0 <= task < count for task in wanted):
+            raise InputError(
+                f"tasks must be indices in 0..{count - 1} of {', '.join(self.config.tasks)}, got "
+                f"{list(wanted)}; leave them out for all"
+            )
+        return wanted
 
     def forward(self, batch: CaseBatch, tasks: Sequence[int] | None = None) -> Tensor:
         """Return raw embeddings `[B, T, out_features]`, one per case and task asked for.
@@ -178,9 +207,13 @@ class ModalTune(nn.Module):
         Args:
             batch: Packed tiles and the modalities of B cases; any of them may be missing.
             tasks: Indices of the task prompts to run; all unless given.
+
+        Raises:
+            InputError: The batch does not fit the model, a tile lies outside the encoder's grid
+                (the message names the case), or a task does not exist.
         """
         batch.check(self)
-        wanted = range(len(self.config.tasks)) if tasks is None else tasks
+        wanted = self._wanted_tasks(tasks)
         parity = self.training and self.config.task_dropout == "parity"
         embedded = None if parity else self.embed_tiles(batch)
         encoded = None if parity else self.encode_modalities(batch)
@@ -240,10 +273,7 @@ class ModalTune(nn.Module):
         if self.config.global_pool:
             bounds = tokens.offsets.tolist()
             pooled = torch.stack(
-                [
-                    tokens.x[a + tokens.num_prefix : b].mean(0)
-                    for a, b in zip(bounds, bounds[1:], strict=False)
-                ]
+                [tokens.x[a + tokens.num_prefix : b].mean(0) for a, b in pairwise(bounds)]
             )
         else:
             pooled = self.slide_encoder.pool(tokens)

@@ -149,43 +149,56 @@ def options_from_state(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, A
         found = {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
         return len(found)
 
-    width, in_chans = shapes["patch_embed.proj.weight"]
-    networks = "gene_encoder.gene_networks."
+    def matrix(name: str, needs: str = "", absent: int = 0) -> tuple[int, int]:
+        """Return (rows, columns) of a weight, or (0, absent) where nothing begins with `needs`."""
+        if needs and not any(other.startswith(needs) for other in shapes):
+            return 0, absent
+        found = tuple(shapes.get(name, ()))
+        if len(found) < 2:
+            raise CheckpointError(
+                f"checkpoint must hold a matrix {name}, got "
+                f"{f'shape {list(found)}' if name in shapes else 'none'}; it is damaged, or no "
+                "published ModalTune state_dict"
+            )
+        return found[0], found[1]
+
+    width, in_chans = matrix("patch_embed.proj.weight")
+    networks, mixer = "gene_encoder.gene_networks.", "gene_encoder.mlp_mixer."
     pathways = count(networks)
-    sizes = [shapes[f"{networks}{i}.0.0.weight"][1] for i in range(pathways)]
-    mixers = len({n.split(".")[2] for n in shapes if n.endswith(".0.fn.0.weight")})
-    latent = shapes[f"{networks}0.0.0.weight"][0]
-    reduce = shapes.get("interactions.0.injector.attn.q_proj.weight")
-    tasks = shapes.get("task_weight.0.weight", (width, 1))[1]
-    clinical = shapes.get("clinical_mlp.0.weight")
+    sizes = [matrix(f"{networks}{i}.0.0.weight")[1] for i in range(pathways)]
+    mixers = len({n.split(".")[2] for n in shapes if n.startswith(mixer) and ".fn." in n})
+    latent = matrix(f"{networks}0.0.0.weight")[0]
+    attention = "interactions.0.injector.attn.q_proj."
+    reduced = matrix(f"{attention}weight", attention)[0]
+    tasks = matrix("task_weight.0.weight", "task_weight.", 1)[1]
+    clinical = matrix("clinical_mlp.0.weight", "clinical_mlp.")[1]
     gene = {
         "latent_dim": latent,
         "depth": mixers,
-        "final_groups": shapes["gene_encoder.pathway_compression.weight"][0],
+        "final_groups": matrix("gene_encoder.pathway_compression.weight")[0],
         "dropout": 0.25,
         "expansion_groups": 0.5,
         "expansion_dim": 0.5,
     }
     if mixers:
-        mixer = "gene_encoder.mlp_mixer.0."
-        gene["expansion_groups"] = _ratio(shapes[f"{mixer}0.fn.0.weight"][0], pathways)
-        gene["expansion_dim"] = _ratio(shapes[f"{mixer}1.fn.0.weight"][0], latent)
+        gene["expansion_groups"] = _ratio(matrix(f"{mixer}0.0.fn.0.weight")[0], pathways)
+        gene["expansion_dim"] = _ratio(matrix(f"{mixer}0.1.fn.0.weight")[0], latent)
     options = {
         **PUBLISHED_GIGAPATH,
         "in_chans": in_chans,
         "embed_dim": width,
         "depth": count("encoder.layers."),
-        "longnet": {"heads": 16, "ffn_dim": shapes["encoder.layers.0.ffn.fc1.weight"][0]},
-        "with_cffn": reduce is not None,
-        "cffn_ratio": 0.25 if reduce is None else _ratio(reduce[0], width),
+        "longnet": {"heads": 16, "ffn_dim": matrix("encoder.layers.0.ffn.fc1.weight")[0]},
+        "with_cffn": reduced > 0,
+        "cffn_ratio": _ratio(reduced, width) if reduced else 0.25,
         "use_extra_extractor": any(".extra_extractors." in name for name in shapes),
         "use_prompt_sa": any(name.startswith("prompt_selfattention.") for name in shapes),
         "prompt_agg": "cls" if "gene_cls" in shapes else "avg",
-        "token_agg": "sum" if shapes["final_norm.weight"][0] == width else "cat",
+        "token_agg": "sum" if tuple(shapes["final_norm.weight"]) == (width,) else "cat",
         "multi_task": tasks,
-        "clinical": clinical is not None,
-        "clinfeat_dim": 5 if clinical is None else clinical[1],
-        "output_dim": shapes["final_project.weight"][0],
+        "clinical": clinical > 0,
+        "clinfeat_dim": clinical or 5,
+        "output_dim": matrix("final_project.weight")[0],
         "gene": gene,
     }
     return options, sizes

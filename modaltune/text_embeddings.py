@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modaltune.engine._untrusted_pt import UntrustedPtError, load_pt_tensors
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.atomic import atomic_path
 from modaltune.errors import CohortError
 from modaltune.labels import ROWS

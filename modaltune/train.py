@@ -91,13 +91,18 @@ def train_step(
     targets: Tensor,
     config: TrainConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimiser step; return the embeddings and the loss from before it."""
+    """Take one optimiser step; return the embeddings and the loss from before it.
+
+    Raises:
+        InputError: The loss is not finite; the weights are untouched.
+    """
     optimizer.zero_grad(set_to_none=True)
     outputs, loss = compute_loss(model, batch, targets, config)
     if not bool(torch.isfinite(loss)):
+        ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
         raise InputError(
-            f"loss must be finite, got {loss.item()} on cases {', '.join(batch.case_ids)}; check "
-            "their features, or lower the learning rate"
+            f"loss must be finite, got {loss.item()} on case(s) {ids}; check their features and "
+            "targets, or lower the learning rate"
         )
     loss.backward()
     optimizer.step()
@@ -120,6 +125,9 @@ def fit(
 
     Returns:
         One entry per epoch.
+
+    Raises:
+        InputError: There are no cases, or a loss is not finite.
     """
     if len(cases) == 0:
         raise InputError("training cases must not be empty, got 0; check the split")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from modaltune.engine import _untrusted_pt, foreign_pt
-from modaltune.engine._untrusted_pt import UntrustedPtError, load_pt_tensors
+from modaltune.engine import untrusted_pt, foreign_pt
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.store import read_features
 
@@ -33,7 +33,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, weights_only=True)
-        layout, tensors = _untrusted_pt._dense_tensors(content, budget=1 << 20)
+        layout, tensors = untrusted_pt.dense_tensors(content, budget=1 << 20)
         return {"" if layout == "tensor" else k: v.numpy() for k, v in tensors.items()}
 
     monkeypatch.setattr(foreign_pt, "load_pt_tensors", load)
@@ -123,14 +123,14 @@ def test_pt_that_declares_more_than_it_carries(tmp_path: Path) -> None:
     path = tmp_path / "expanded.pt"
     torch.save(torch.zeros(1, 1).expand(1 << 20, 1 << 20), path)
     with pytest.raises(ValueError, match=r"declare .* more than the file carries"):
-        _untrusted_pt._dense_tensors(torch.load(path, weights_only=True), budget=1 << 20)
+        untrusted_pt.dense_tensors(torch.load(path, weights_only=True), budget=1 << 20)
     packed = io.BytesIO()
     torch.save(torch.zeros(1 << 21), packed)
     with zipfile.ZipFile(packed) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(ValueError, match="the archive declares"):
-        _untrusted_pt._check_archive(str(path), path.stat().st_size)
+        untrusted_pt.check_archive(str(path), path.stat().st_size)
 
 
 def test_pt_without_plain_tensors() -> None:
@@ -141,7 +141,7 @@ def test_pt_without_plain_tensors() -> None:
     ]
     for content, message in cases:
         with pytest.raises(TypeError, match=message):
-            _untrusted_pt._dense_tensors(content, budget=1 << 20)
+            untrusted_pt.dense_tensors(content, budget=1 << 20)
 
 
 def test_pt_damage_and_time_limit(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_child_sees_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise Seen
 
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(_untrusted_pt.subprocess, "run", run)
+    monkeypatch.setattr(untrusted_pt.subprocess, "run", run)
     with pytest.raises(Seen):
         load_pt_tensors(tmp_path / "a.pt")
     assert "HF_TOKEN" not in seen["env"]

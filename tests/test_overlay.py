@@ -52,7 +52,7 @@ def test_kept_dropped_and_glass_look_different(slide_path: Path, tmp_path: Path)
     with open_slide(slide_path) as slide:
         picture = draw(slide, tmp_path / "a.png", max_side=1024)
     assert picture.shape[1] == 1096  # 1024 and a margin of 36 on each side
-    top, left = overlay._HEADER, overlay._MARGIN
+    top, left = overlay.HEADER_PX, overlay.MARGIN_PX
 
     def middle_of(column: int) -> npt.NDArray[np.int64]:
         # Half a px per level-0 px; the middle of a tile of the second row, off its lines.
@@ -61,7 +61,7 @@ def test_kept_dropped_and_glass_look_different(slide_path: Path, tmp_path: Path)
     pink, paper = np.array(PINK), np.array(overlay.PAPER)
     for column in (1, 2, 3, 4):
         assert np.abs(middle_of(column) - pink).max() <= 12
-    veiled = pink + (paper - pink) * overlay._VEIL_TISSUE
+    veiled = pink + (paper - pink) * overlay.VEIL_TISSUE
     assert np.abs(picture[top + 192, left + 115] - veiled).max() <= 3  # tissue from 100 on
     assert picture[top + 192, left + 85].min() >= 245
     for column in (6, 7):
@@ -79,7 +79,7 @@ def test_kept_dropped_and_glass_look_different(slide_path: Path, tmp_path: Path)
 def test_scale_bar_is_as_long_as_it_says(slide_path: Path, tmp_path: Path) -> None:
     with open_slide(slide_path) as slide:
         picture = draw(slide, tmp_path / "a.png", max_side=1024)
-    footer = picture[-overlay._FOOTER :, -400:]
+    footer = picture[-overlay.FOOTER_PX :, -400:]
     run = int(near(footer, overlay.INK, 1).sum(axis=1).max())
     # 2048 px * 0.5 um over 1024 px: 1000 px per mm. At most 256 px, so 0.2 mm: 200 px.
     assert run == pytest.approx(200, abs=2)
@@ -90,14 +90,14 @@ def test_scale_bar_is_as_long_as_it_says(slide_path: Path, tmp_path: Path) -> No
     [(0.09, 0.05), (0.2, 0.2), (0.19, 0.1), (7.0, 5.0), (1.0, 1.0), (49.9, 20.0), (1e-4, 1e-4)],
 )
 def test_round_lengths(limit: float, expected: float) -> None:
-    assert math.isclose(overlay._round_length(limit), expected)
+    assert math.isclose(overlay.round_length(limit), expected)
 
 
 def test_empty_grid_says_so_in_the_alarm_colour(slide_path: Path, tmp_path: Path) -> None:
     with open_slide(slide_path) as slide:
         good = draw(slide, tmp_path / "good.png")
         bad = draw(slide, tmp_path / "bad.png", tile_px=1100)
-    header = slice(0, overlay._HEADER - 2)
+    header = slice(0, overlay.HEADER_PX - 2)
     assert not near(good[header], overlay.ALARM).any()
     assert near(bad[header], overlay.ALARM).sum() > 50
 
@@ -110,8 +110,8 @@ def test_any_proportions_and_names(tmp_path: Path) -> None:
         Image.fromarray(image).save(path)
         with open_slide(path, base_mpp=0.5) as slide:
             picture = draw(slide, tmp_path / "out.png", max_side=500, tile_px=16)
-        assert (picture[:, : overlay._MARGIN // 2] == overlay.PAPER).all()
-        assert (picture[: overlay._HEADER - 2, -overlay._MARGIN + 2 :] == overlay.PAPER).all()
+        assert (picture[:, : overlay.MARGIN_PX // 2] == overlay.PAPER).all()
+        assert (picture[: overlay.HEADER_PX - 2, -overlay.MARGIN_PX + 2 :] == overlay.PAPER).all()
 
 
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(
@@ -151,8 +151,8 @@ def test_shared_slide(shared_dir: Path, tmp_path: Path) -> None:
     with open_slide(shared_dir / "data/slides/CMU-1-Small-Region.svs") as slide:
         picture = draw(slide, tmp_path / "cmu.png", max_side=800)
         width, height = slide.dimensions
-    drawn_height = picture.shape[0] - overlay._HEADER - overlay._FOOTER
+    drawn_height = picture.shape[0] - overlay.HEADER_PX - overlay.FOOTER_PX
     assert drawn_height == 800
-    assert 800 * width // height <= picture.shape[1] - 2 * overlay._MARGIN + 300
+    assert 800 * width // height <= picture.shape[1] - 2 * overlay.MARGIN_PX + 300
     assert near(picture, overlay.KEPT, 16).sum() > 1000
     assert near(picture, overlay.TISSUE, 16).sum() > 1000

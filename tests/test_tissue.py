@@ -273,7 +273,7 @@ def test_compiles_where_no_cache_can_be_kept() -> None:
     """Code without a file has no place for numba's cache; compiling goes on without one."""
     scope: dict[str, object] = {}
     exec("def double(x):\n    return 2 * x\n", scope)
-    double = tissue._compiled(scope["double"])  # type: ignore[arg-type]
+    double = tissue.compiled(scope["double"])  # type: ignore[arg-type]
     assert double(21) == 42  # type: ignore[call-arg]
 
 

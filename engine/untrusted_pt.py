@@ -86,10 +86,10 @@ def _main(path: str, result: str, report: str, limit_s: str) -> int:
 
     try:
         size = os.path.getsize(path)
-        _check_archive(path, size)
+        check_archive(path, size)
         _limit_resources(size, int(limit_s))
         content = torch.load(path, map_location="cpu", weights_only=True)
-        layout, tensors = _dense_tensors(content, budget=2 * size + _MIB)
+        layout, tensors = dense_tensors(content, budget=2 * size + _MIB)
         save_file(tensors, result)
         outcome = {"layout": layout}
     except Exception as error:  # whatever a hostile file provokes becomes a line of text
@@ -99,7 +99,7 @@ def _main(path: str, result: str, report: str, limit_s: str) -> int:
     return 1 if "error" in outcome else 0
 
 
-def _check_archive(path: str, size: int) -> None:
+def check_archive(path: str, size: int) -> None:
     """Refuse a zip archive that unpacks to far more than it weighs (torch stores, never packs)."""
     if not zipfile.is_zipfile(path):
         return
@@ -129,7 +129,7 @@ def _limit_resources(size: int, limit_s: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _dense_tensors(content: Any, budget: int) -> tuple[str, dict[str, Any]]:
+def dense_tensors(content: Any, budget: int) -> tuple[str, dict[str, Any]]:
     """Take the tensors out of what was loaded, within a budget of bytes."""
     import torch
 
