@@ -1,0 +1,1 @@
+"""Dilated attention of LongNet."""

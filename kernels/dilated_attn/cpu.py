@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Piece:
 def _pieces(
     bounds: list[int], heads: int, segment_lengths: tuple[int, ...], ratios: tuple[int, ...]
 ) -> Iterator[_Piece]:
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         length = end - start
         if length == 0:
             continue
@@ -72,24 +73,47 @@ def _attend(piece: _Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
     return out, lse
 
 
+def _merge_lse(lse: Tensor) -> Tensor:
+    """Return the log-sum-exp `[s, h, m, 1]` that takes part in the merge, as published."""
+    return torch.where(lse == 0.0, torch.full_like(lse, NO_ATTENTION), lse).unsqueeze(-1)
+
+
+def _merge_weight(merge: Tensor, total: Tensor, branches: int) -> Tensor:
+    """Return the constant weight `[s, h, m, 1]` of a piece among all branches.
+
+    A row without attention in any branch (one key of score 0) has the same log-sum-exp in all of
+    them, also in those that skip it: the published softmax weighs them alike.
+    """
+    weight = torch.exp(merge - total)
+    return torch.where(total <= NO_ATTENTION / 2, torch.full_like(weight, 1 / branches), weight)
+
+
 class _DilatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: list[_Piece], scale: float) -> Any:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: list[_Piece],
+        scale: float,
+        branches: int,
+    ) -> Any:
         total = q.new_full((*q.shape[:2], 1), -math.inf, dtype=_lse_dtype(q))
         parts = []
         for piece in plan:
             out, lse = _attend(piece, q, k, v, scale)
-            merge = torch.where(lse == 0.0, torch.full_like(lse, NO_ATTENTION), lse).unsqueeze(-1)
+            merge = _merge_lse(lse)
             seen = piece.view(total)
             seen.copy_(torch.logaddexp(seen, merge.to(seen.dtype)))
             parts.append((out, lse, merge))
         merged = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for piece, (out, _, merge) in zip(plan, parts, strict=True):
-            weight = torch.exp(merge - piece.view(total)).to(out.dtype)
+            weight = _merge_weight(merge, piece.view(total), branches).to(out.dtype)
             piece.view(merged).addcmul_(out, weight)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(q, k, v, total, *(t for out, lse, _ in parts for t in (out, lse)))
-            ctx.plan, ctx.scale = plan, scale
+            ctx.plan, ctx.scale, ctx.branches = plan, scale, branches
         return merged
 
     @staticmethod
@@ -99,15 +123,14 @@ class _DilatedAttention(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         for i, piece in enumerate(ctx.plan):
             out, lse = parts[2 * i], parts[2 * i + 1]
-            merge = torch.where(lse == 0.0, torch.full_like(lse, NO_ATTENTION), lse).unsqueeze(-1)
-            weight = torch.exp(merge - piece.view(total)).to(out.dtype)
+            weight = _merge_weight(_merge_lse(lse), piece.view(total), ctx.branches).to(out.dtype)
             views = (piece.view(q), piece.view(k), piece.view(v))
             steps = _flash_backward(
                 piece.view(grad_out) * weight, *views, out, lse, 0.0, False, scale=ctx.scale
             )
             for target, step in zip((dq, dk, dv), steps, strict=True):
                 piece.view(target).add_(step)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -126,4 +149,4 @@ def dilated_attention_cpu(
 ) -> Tensor:
     """Return the merged output `[N, H, d]`; extra memory is about twice that of `q`."""
     plan = list(_pieces(offsets.tolist(), q.shape[1], segment_lengths, dilation_ratios))
-    return _DilatedAttention.apply(q, k, v, plan, scale)
+    return _DilatedAttention.apply(q, k, v, plan, scale, len(dilation_ratios))

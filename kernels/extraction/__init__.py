@@ -1,0 +1,1 @@
+"""Modal tokens attend to the tiles of their case."""

@@ -54,7 +54,13 @@ def extract(
     cases, _, inner = queries.shape
     check_shape("kv_weight", kv_weight, (2 * inner, x.shape[1]))
     check_shape("kv_bias", kv_bias, (2 * inner,))
-    require(inner % num_heads == 0, f"num_heads must divide {inner}, got {num_heads}")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_shape(name, tensor, (x.shape[1],))
+    require(
+        num_heads >= 1 and inner % num_heads == 0,
+        f"num_heads must divide {inner}, got {num_heads}",
+    )
+    require(num_prefix >= 0, f"num_prefix must be at least 0, got {num_prefix}")
     bounds = check_offsets(offsets, x.shape[0])
     require(
         bounds.numel() == cases + 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def extract_cpu(
     inner = queries.shape[-1]
     outs = []
     bounds = offsets.tolist()
-    for case, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for case, (start, end) in enumerate(pairwise(bounds)):
         tiles = x[min(start + num_prefix, end) : end]
         if tiles.shape[0] == 0:
             outs.append(torch.zeros_like(queries[case]))

@@ -1,0 +1,1 @@
+"""Ragged networks, one per pathway."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
@@ -46,6 +47,10 @@ def pathway_mlp(
     """
     check_float("expression", expression)
     check_shape("expression", expression, (None, None))
+    require(
+        gene_index.dim() == 1 and gene_index.dtype in (torch.int32, torch.int64),
+        f"gene_index must be a 1-D integer tensor, got {gene_index.dtype} {[*gene_index.shape]}",
+    )
     check_shape("weight1", weight1, (gene_index.numel(), None))
     width = weight1.shape[1]
     bounds = check_offsets(offsets, gene_index.numel())
@@ -53,11 +58,15 @@ def pathway_mlp(
     check_shape("bias1", bias1, (pathways, width))
     check_shape("weight2", weight2, (pathways, width, width))
     check_shape("bias2", bias2, (pathways, width))
-    require(bool((bounds.diff() > 0).all()), "offsets must give every pathway at least one gene")
     require(
-        gene_index.numel() == 0
-        or (int(gene_index.min()) >= 0 and int(gene_index.max()) < expression.shape[1]),
-        f"gene_index must lie in 0..{expression.shape[1] - 1}",
+        pathways > 0 and bool((bounds.diff() > 0).all()),
+        "offsets must hold at least one pathway, and every pathway at least one gene, got "
+        f"{bounds.tolist()[:8]}",
+    )
+    require(
+        int(gene_index.min()) >= 0 and int(gene_index.max()) < expression.shape[1],
+        f"gene_index must lie in 0..{expression.shape[1] - 1}, got {int(gene_index.min())}.."
+        f"{int(gene_index.max())}",
     )
     require(0.0 <= dropout_p < 1.0, f"dropout_p must lie in [0, 1), got {dropout_p}")
     chosen = choose_impl("pathway_mlp", impl, expression.device, ("cpu", "reference"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,7 @@ def pathway_mlp_reference(
     """
     outs = []
     bounds = offsets.tolist()
-    for p, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for p, (start, end) in enumerate(pairwise(bounds)):
         genes = expression[:, gene_index[start:end]]
         hidden = F.elu(genes @ weight1[start:end] + bias1[p])
         hidden = F.alpha_dropout(hidden, dropout_p, training=dropout_p > 0)

@@ -1,0 +1,1 @@
+"""Tiles attend to the modal tokens of their case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
@@ -70,9 +71,19 @@ def inject(
     check_shape("values", values, (cases, tokens, inner))
     check_shape("query_weight", query_weight, (inner, width))
     check_shape("output_weight", output_weight, (width, inner))
+    check_shape("query_bias", query_bias, (inner,))
+    rows = {"norm_weight": norm_weight, "norm_bias": norm_bias, "output_bias": output_bias}
+    for name, tensor in {"gamma": gamma, **rows}.items():
+        check_shape(name, tensor, (width,))
     if key_mask is not None:
         check_shape("key_mask", key_mask, (cases, tokens))
-    require(inner % num_heads == 0, f"num_heads must divide {inner}, got {num_heads}")
+        # An integer mask would index tokens 0 and 1 instead of choosing among them.
+        require(key_mask.dtype == torch.bool, f"key_mask must be bool, got {key_mask.dtype}")
+    require(
+        num_heads >= 1 and inner % num_heads == 0,
+        f"num_heads must divide {inner}, got {num_heads}",
+    )
+    require(num_prefix >= 0, f"num_prefix must be at least 0, got {num_prefix}")
     bounds = check_offsets(offsets, x.shape[0])
     require(
         bounds.numel() == cases + 1,

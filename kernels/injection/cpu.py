@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def inject_cpu(
 
     pieces: list[Tensor] = []
     bounds = offsets.tolist()
-    for case, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for case, (start, end) in enumerate(pairwise(bounds)):
         first = min(start + num_prefix, end)
         pieces.append(x[start:first])
         k, v = keys[case], values[case]

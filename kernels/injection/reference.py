@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def inject_reference(
     """
     pieces = []
     bounds = offsets.tolist()
-    for case, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for case, (start, end) in enumerate(pairwise(bounds)):
         pieces.append(x[start : min(start + num_prefix, end)])
         tiles = x[min(start + num_prefix, end) : end]
         k, v = keys[case], values[case]

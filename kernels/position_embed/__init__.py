@@ -1,0 +1,1 @@
+"""Positions and cls token, without a table."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,6 @@ def embed_positions_reference(
     placed = x + position_rows_reference(cells, x.shape[1]).to(x.dtype)
     bounds = offsets.tolist()
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         pieces += [cls_token.to(x.dtype).reshape(1, -1), placed[start:end]]
     return torch.cat(pieces) if pieces else placed
