@@ -38,7 +38,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty-cache"))
 
 
-# ---- metadata
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,6 @@ def test_listing_encoders_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---- architectures, without their weights
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -200,7 +198,6 @@ def test_class_pooling_equals_timms_own_with_registers() -> None:
     torch.testing.assert_close(TimmFeatures(model, "cls")(x), model(x))
 
 
-# ---- the default encoder and its real weights
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,6 @@ def tiled(pyramids: dict[str, Path]) -> Path:
     return pyramids["jpeg-tiled"]
 
 
-# --- pixels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.shared
@@ -267,7 +266,6 @@ def test_the_shared_field_opens(shared_dir: Path) -> None:
         assert (slide.name, slide.dimensions, slide.mpp_source) == ("image", (1024, 1024), "option")
 
 
-# --- many regions, threads, processes -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -358,7 +356,6 @@ def test_a_closed_reader_says_so(tiled: Path) -> None:
         slide.read_region((0, 0), (8, 8))
 
 
-# --- thumbnails -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("max_side", "level"), [(448, 0), (300, 0), (200, 1), (112, 2), (37, 2)])

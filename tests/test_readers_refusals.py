@@ -64,7 +64,6 @@ def tiled(pyramids: dict[str, Path]) -> Path:
     return pyramids["jpeg-tiled"]
 
 
-# --- microns per pixel ----------------------------------------------------------------------------
 
 
 def tiff_with(path: Path, resolution: tuple[float, float], unit: str) -> Path:
@@ -150,7 +149,6 @@ def test_base_mpp_against_metadata(
         assert "base_mpp 0.25 given, but the metadata say 0.5" in warnings[0]
 
 
-# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.shared
@@ -281,7 +279,6 @@ def test_other_readers_go_on_after_a_damaged_tile(
         np.testing.assert_array_equal(slide.read_region((0, 0), (60, 60)), rgb[:60, :60])
 
 
-# --- budgets and arguments ------------------------------------------------------------------------
 
 
 def png_header(path: Path, width: int, height: int) -> Path:
@@ -329,7 +326,6 @@ def test_reads_are_checked_before_they_allocate(tiled: Path, reader: str) -> Non
             slide.thumbnail(100_000)
 
 
-# --- what users see -------------------------------------------------------------------------------
 
 
 @pytest.mark.shared

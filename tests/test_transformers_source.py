@@ -207,7 +207,6 @@ def test_names_download_nothing_unasked() -> None:
         load_encoder("transformers:nobody/nothing", trust_remote_code=REVISION)
 
 
-# ---- registered encoders
 
 
 def test_registered_encoder_takes_its_own_folder_only(
@@ -249,7 +248,6 @@ def test_registered_encoder_comes_from_the_cache_whole(
     assert load_encoder("phikon-v2").encode(_tiles()).shape == (3, 32)
 
 
-# ---- code that a model brings along
 
 CODE = """
 import pathlib
