@@ -59,7 +59,7 @@ class SyntheticCase:
         case_id: such as `SYN-001`.
         slide_ids: its slides, none where the image is missing.
         discohesive: planned share of discohesive growth in its slides, 0-1.
-        activity: of the planted pathway, g.
+        activity: of the planted pathways, g.
         primary_class: 0 or 1, as in `clinical.csv`.
         has_expression: it has a row in `expression.csv`.
         has_clinical: its row in `clinical.csv` has age, sex and site.
@@ -105,7 +105,7 @@ class SyntheticCohort:
 
     @property
     def pathways(self) -> Path:
-        """Gene sets, one of them planted, as GMT."""
+        """Gene sets, some of them planted, as GMT."""
         return self.root / "pathways.gmt"
 
     @property
@@ -353,7 +353,7 @@ def _describe_planting() -> dict[str, Any]:
             "mpp": SLIDE_MPP,
             "tile_px": TILE_PX,
         },
-        "genes": {"planted_pathway": plan.PLANTED_PATHWAY},
+        "genes": {"planted_pathways": list(plan.PLANTED_PATHWAYS)},
         "subtype": {
             "rule": "class 1 where morphology + pathway_activity > 0, then some labels changed",
             "morphology": "(score + contrast) / 2",

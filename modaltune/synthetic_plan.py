@@ -1,9 +1,10 @@
 """What is planted in the synthetic cohort: latents, subtype, survival, clinical rows, expression.
 
 Each case has a morphology m (how discohesive its tissue grows) and an activity g (how far one
-pathway is switched on). They are built from a score and a contrast, m = (score + contrast) / 2 and
-g = (score - contrast) / 2: the subtype is the sign of the score alone, so the contrast hides it
-from whoever sees only m or only g, and cancels for whoever sees both.
+programme of pathways is switched on). They are built from a score and a contrast,
+m = (score + contrast) / 2 and g = (score - contrast) / 2: the subtype is the sign of the score
+alone, so the contrast hides it from whoever sees only m or only g, and cancels for whoever sees
+both.
 """
 
 from __future__ import annotations
@@ -38,52 +39,39 @@ SURVIVAL_MONTHS = (1.0, 120.0)
 # No word for what is drawn: the diagnosis follows from tissue and genes together.
 DIAGNOSES = ("metabolic subtype carcinoma", "mesenchymal subtype carcinoma")
 SITES = ("stomach", "colorectal")
-PLANTED_PATHWAY = "SYNTHETIC_INTERFERON_RESPONSE"
+# One programme, as an inflamed tumour switches on: its pathways rise and fall together, so that
+# the activity is the main direction of the expression, as morphology is of the tiles.
+PLANTED_PATHWAYS = (
+    "SYNTHETIC_INTERFERON_RESPONSE",
+    "SYNTHETIC_ANTIGEN_PRESENTATION",
+    "SYNTHETIC_T_CELL_ACTIVATION",
+    "SYNTHETIC_CHEMOKINE_SIGNALLING",
+    "SYNTHETIC_INFLAMMATORY_RESPONSE",
+    "SYNTHETIC_IMMUNE_CHECKPOINTS",
+)
 PATHWAYS: Mapping[str, tuple[str, ...]] = {
-    name: tuple(genes.split())
+    f"SYNTHETIC_{name}": tuple(genes.split())
     for name, genes in (
-        (
-            PLANTED_PATHWAY,
-            "STAT1 IRF1 IRF7 IFIT1 IFIT2 IFIT3 ISG15 MX1 OAS1 OAS2 CXCL9 CXCL10 GBP1 IFI44L RSAD2",
-        ),
-        ("SYNTHETIC_CELL_CYCLE", "MKI67 CCNB1 CCNE1 CDK1 AURKA AURKB PLK1 BUB1 TOP2A E2F1 MCM2"),
-        ("SYNTHETIC_OESTROGEN_RESPONSE", "ESR1 PGR GATA3 FOXA1 TFF1 XBP1 GREB1 BCL2"),
-        ("SYNTHETIC_MESENCHYMAL_SHIFT", "VIM ZEB1 ZEB2 SNAI1 SNAI2 TWIST1 FN1 CDH2 MMP2 TGFB1"),
-        ("SYNTHETIC_CELL_ADHESION", "CDH1 CTNNA1 CTNNB1 CLDN4 CLDN7 EPCAM OCLN TJP1"),
-        ("SYNTHETIC_HYPOXIA", "HIF1A VEGFA CA9 SLC2A1 LDHA PDK1 ADM BNIP3 ENO1"),
-        ("SYNTHETIC_P53_PATHWAY", "TP53 CDKN1A MDM2 BAX BBC3 GADD45A"),
-        ("SYNTHETIC_PI3K_AKT_MTOR", "PIK3CA AKT1 MTOR PTEN RPS6KB1 TSC2 EIF4EBP1"),
-        ("SYNTHETIC_WNT_SIGNALLING", "CTNNB1 APC AXIN2 LEF1 TCF7 LGR5 MYC"),
-        ("SYNTHETIC_ANGIOGENESIS", "VEGFA KDR FLT1 ANGPT2 TEK PECAM1 CDH5"),
-        ("SYNTHETIC_DNA_REPAIR", "BRCA1 BRCA2 RAD51 ATM ATR CHEK1 PARP1 MSH2 MLH1"),
-        ("SYNTHETIC_LIPID_METABOLISM", "FASN ACACA SCD PPARG CPT1A"),
+        ("INTERFERON_RESPONSE", "STAT1 IRF1 IRF7 IFIT1 IFIT2 IFIT3 ISG15 MX1 OAS1 GBP1 RSAD2"),
+        ("ANTIGEN_PRESENTATION", "HLA-A HLA-B HLA-DRA TAP1 TAP2 PSMB8 PSMB9 NLRC5 CIITA CD74"),
+        ("T_CELL_ACTIVATION", "CD3D CD3E CD8A GZMA GZMB PRF1 IFNG LCK ZAP70 CD2"),
+        ("CHEMOKINE_SIGNALLING", "CCL4 CCL5 CXCR3 CXCR6 CCR5 CXCL9 CXCL10 CXCL11 CXCL13"),
+        ("INFLAMMATORY_RESPONSE", "IL6 TNF IL1B NFKBIA ICAM1 PTGS2 TNFAIP3 CXCL8 SOCS3"),
+        ("IMMUNE_CHECKPOINTS", "PDCD1 CD274 CTLA4 LAG3 TIGIT HAVCR2 IDO1"),
+        ("CELL_CYCLE", "MKI67 CCNB1 CCNE1 CDK1 AURKA AURKB PLK1 BUB1 TOP2A E2F1 MCM2"),
+        ("OESTROGEN_RESPONSE", "ESR1 PGR GATA3 FOXA1 TFF1 XBP1 GREB1 BCL2"),
+        ("MESENCHYMAL_SHIFT", "VIM ZEB1 ZEB2 SNAI1 SNAI2 TWIST1 FN1 CDH2 MMP2 TGFB1"),
+        ("CELL_ADHESION", "CDH1 CTNNA1 CTNNB1 CLDN4 CLDN7 EPCAM OCLN TJP1"),
+        ("HYPOXIA", "HIF1A VEGFA CA9 SLC2A1 LDHA PDK1 ADM BNIP3 ENO1"),
+        ("P53_PATHWAY", "TP53 CDKN1A MDM2 BAX BBC3 GADD45A"),
+        ("WNT_SIGNALLING", "CTNNB1 APC AXIN2 LEF1 TCF7 LGR5 MYC"),
+        ("DNA_REPAIR", "BRCA1 BRCA2 RAD51 ATM ATR CHEK1 PARP1 MSH2 MLH1"),
     )
 }
 NOISE_GENES = (
-    "ACTB",
-    "GAPDH",
-    "TUBB",
-    "RPLP0",
-    "B2M",
-    "HPRT1",
-    "TBP",
-    "PGK1",
-    "PPIA",
-    "GUSB",
-    "ALB",
-    "HBB",
-    "INS",
-    "GCG",
-    "KRT5",
-    "KRT14",
-    "MUC5AC",
-    "SFTPC",
-    "KLK3",
-    "TTR",
-    "AFP",
-    "CHGA",
-    "SYP",
-    "NEFL",
+    *("ACTB", "GAPDH", "TUBB", "RPLP0", "B2M", "HPRT1", "TBP", "PGK1", "PPIA", "GUSB", "ALB"),
+    *("HBB", "INS", "GCG", "KRT5", "KRT14", "MUC5AC", "SFTPC", "KLK3", "TTR", "AFP", "CHGA"),
+    *("SYP", "NEFL"),
 )
 
 
@@ -93,7 +81,7 @@ class Latents:
 
     Attributes:
         morphology: m, about -1.8 to 1.8; growth is discohesive in the share `discohesive`.
-        activity: g, about -1.8 to 1.8, of the planted pathway.
+        activity: g, about -1.8 to 1.8, of the planted pathways.
         subtype: int64, 0 or 1: score m + g > 0, unless the label was changed.
         is_changed: bool, the label was changed at random.
     """
@@ -197,7 +185,7 @@ def sample_outcomes(latents: Latents, rng: np.random.Generator) -> Outcomes:
 
 
 def sample_expression(activity: Floats, rng: np.random.Generator) -> tuple[list[str], Floats]:
-    """Draw log2(TPM + 1)-like expression in which the planted pathway follows the activity.
+    """Draw log2(TPM + 1)-like expression in which the planted pathways follow the activity.
 
     Every other pathway has a factor of its own that means nothing, so that a pathway's members
     moving together is no sign of the planted one.
@@ -214,7 +202,7 @@ def sample_expression(activity: Floats, rng: np.random.Generator) -> tuple[list[
     column = {gene: i for i, gene in enumerate(genes)}
     signal = rng.normal(0, 1, (cases, len(genes)))
     for name, members in PATHWAYS.items():
-        planted = name == PLANTED_PATHWAY
+        planted = name in PLANTED_PATHWAYS
         factor = activity / LATENT_MAX * 3**0.5 if planted else rng.normal(0, 1, cases)
         for gene in members:
             weight = rng.uniform(1.2, 1.8) if planted else rng.uniform(0.2, 0.6)
