@@ -19,7 +19,7 @@ PUBLISHED_TASKS = (GENERAL, DIAGNOSIS, SURVIVAL)
 
 
 class ModalTuneConfig(BaseModel):
-    """Everything that shapes a ModalTune model; the defaults are the published Prov-GigaPath one."""
+    """Everything that shapes a ModalTune model; defaults: the published Prov-GigaPath one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from modaltune.checkpoint import Run, load_run, save_run
 from modaltune.config import ModalTuneConfig
-from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.atomic import atomic_path
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.errors import CheckpointError, InputError
 from modaltune.model import ModalTune
 from modaltune.pathways import PathwayIndex, read_pathways

@@ -1,7 +1,7 @@
 """Modalities beside the slide: each turns a case's record into a few modal tokens.
 
-A further modality is a subclass of `Modality` that sets `num_tokens` and implements `forward`; it is
-handed to `ModalTune(..., extra_modalities={"name": module})` and its values arrive in
+A further modality is a subclass of `Modality` that sets `num_tokens` and implements `forward`; it
+is handed to `ModalTune(..., extra_modalities={"name": module})` and its values arrive in
 `CaseBatch.modalities["name"]`. Everything else (positions, masks, head) follows.
 """
 

@@ -52,7 +52,7 @@ class ModalTune(nn.Module):
 
     Args:
         config: Shape of everything.
-        gene_index: `[nnz]` int64 genes of all pathways (`PathwayIndex.indices`); None without genes.
+        gene_index: `[nnz]` int64 genes of all pathways (`PathwayIndex.indices`); None without.
         gene_offsets: `[P + 1]` int64 first membership of each pathway.
         slide_encoder: A ready encoder; built with random weights from `config` unless given.
         extra_modalities: Further modalities by name.

@@ -239,7 +239,7 @@ def model_rules(model: ModalTune) -> list[Rule]:
 
 
 def to_published(rules: Iterable[Rule], tensors: State) -> dict[str, Tensor]:
-    """Move tensors from our names to published ones; rules whose tensors are absent are left out."""
+    """Move tensors from our names to published ones; rules of absent tensors are left out."""
     moved: dict[str, Tensor] = {}
     for rule in rules:
         if all(name in tensors for name in rule.ours):

@@ -196,4 +196,10 @@ class LongNet(SlideEncoder):
             ) from error
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             state = state["model"]
+        named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+        if not named or not all(isinstance(value, Tensor) for value in state.values()):
+            raise WeightsError(
+                f"slide encoder weights {path} must hold tensors by name, under 'model' or bare, "
+                "got something else; give the published slide_encoder.pth"
+            )
         encoder_from_reference(self, state, source=str(path))
