@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` has `shape`; None stands for any size."""
     got = tuple(tensor.shape)
-    fits = len(got) == len(shape) and all(w is None or w == g for g, w in zip(got, shape))
+    fits = len(got) == len(shape) and all(
+        w is None or w == g for g, w in zip(got, shape, strict=True)
+    )
     if not fits:
         want = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
         raise ValueError(f"{name} must have shape {want}, got {list(got)}")
@@ -44,12 +48,14 @@ def check_offsets(offsets: Tensor | None, rows: int) -> Tensor:
     """
     if offsets is None:
         return torch.tensor([0, rows], dtype=torch.int64)
+    if torch.compiler.is_compiling():
+        return offsets  # values can't be looked at while tracing; the operator's body checks them
     require(
         offsets.dim() == 1 and offsets.numel() >= 1 and not offsets.is_floating_point(),
         f"offsets must be a 1-D integer tensor [B + 1], got {offsets.dtype} {list(offsets.shape)}",
     )
     # `tolist` on a CUDA tensor waits for the device; callers keep offsets on the CPU.
     listed = offsets.tolist()
-    good = listed[0] == 0 and listed[-1] == rows and all(a <= b for a, b in zip(listed, listed[1:]))
+    good = listed[0] == 0 and listed[-1] == rows and all(a <= b for a, b in pairwise(listed))
     require(good, f"offsets must rise from 0 to the number of rows {rows}, got {listed[:8]}")
     return offsets.to("cpu", torch.int64)

@@ -38,7 +38,8 @@ def choose_impl(op: str, impl: str, device: torch.device, available: tuple[str, 
     if impl == "auto":
         wanted = "triton" if device.type == "cuda" else "cpu"
         chosen = wanted if wanted in available else "reference"
-        _say_once(op, chosen, f"device {device.type}, {op} offers {', '.join(available)}")
+        if not torch.compiler.is_compiling():
+            _say_once(op, chosen, f"device {device.type}, {op} offers {', '.join(available)}")
         return chosen
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"{op}: impl='cpu' needs CPU tensors, got {device}; use impl='auto'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
 from modaltune.kernels.tile_norm.api import normalize_tiles
+from modaltune.kernels.tile_norm.cost import tile_norm_cost
 
 STATS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 STD = torch.tensor(STATS["std"], dtype=torch.float64).view(1, 3, 1, 1)
@@ -193,7 +195,9 @@ def test_no_tiles_keep_their_shape(geometry: dict[str, int], side: int) -> None:
         ({"interpolation": "nearest"}, ValueError, "interpolation must be one of bilinear, bicub"),
         ({"dtype": torch.int32}, TypeError, "dtype must be a floating point type"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
-        ({"impl": "triton"}, RuntimeError, "triton"),
+        ({"patches": (3, 4)}, ValueError, "patches must be a height and a width in px that divid"),
+        ({"patches": (4,)}, ValueError, r"divide the output's 8 px, got \(4,\); give another"),
+        ({"patches": (0, 4)}, ValueError, "patches must be a height and a width"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -202,3 +206,118 @@ def test_bad_arguments_are_named(
     arguments = {"tiles": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), **STATS, **change}
     with pytest.raises(error, match=message):
         normalize_tiles(arguments.pop("tiles"), **arguments)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(4, 4), (2, 6), (12, 12), (1, 1)])
+def test_patches_are_what_a_patch_embedding_sees(impl: str, size: tuple[int, int]) -> None:
+    tiles = _tiles(2, 15, 14)
+    images = normalize_tiles(tiles, **STATS, crop_px=12, dtype=torch.float64, impl=impl)
+    got = normalize_tiles(tiles, **STATS, crop_px=12, patches=size, dtype=torch.float64, impl=impl)
+    want = torch.nn.functional.unfold(images, size, stride=size).transpose(1, 2)
+    assert got.is_contiguous()
+    assert torch.equal(got, want)
+
+
+def test_one_patch_is_the_planar_image() -> None:
+    tiles = _tiles(2, 9, 9)
+    planar = normalize_tiles(tiles, **STATS, patches=(9, 9)).view(2, 3, 9, 9)
+    assert planar.is_contiguous()
+    assert torch.equal(planar, normalize_tiles(tiles, **STATS))
+
+
+OPERATOR_CASES: list[dict[str, Any]] = [
+    {"crop_px": 5},
+    {"crop_px": 6, "patches": (3, 2)},
+    {"resize_px": 8, "crop_px": 6, "dtype": torch.bfloat16},
+    {"crop_px": 1},
+]
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_operator_passes_opcheck(case: dict[str, Any], n: int) -> None:
+    torch.library.opcheck(
+        torch.ops.modaltune.tile_norm_fwd.default,
+        (
+            _tiles(n, 9, 10) if n else torch.empty(0, 9, 10, 3, dtype=torch.uint8),
+            *(list(STATS[name]) for name in ("mean", "std")),
+            case.get("resize_px"),
+            case.get("crop_px"),
+            "bicubic",
+            case.get("patches"),
+            case.get("dtype", torch.float32),
+            "cpu",
+        ),
+    )
+
+
+@pytest.mark.parametrize("impl", ["cpu", "auto"])
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
+def test_compiles_in_one_graph_for_any_number_of_tiles(case: dict[str, Any], impl: str) -> None:
+    def run(tiles: Tensor) -> Tensor:
+        return normalize_tiles(tiles, **STATS, **case, impl=impl) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (2, 5):
+        tiles = _tiles(n, 9, 10, seed=n)
+        got, want = compiled(tiles), run(tiles)
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_compiles_with_inductor() -> None:
+    def run(tiles: Tensor) -> Tensor:
+        return normalize_tiles(tiles, **STATS, crop_px=7, impl="cpu").mean((2, 3))
+
+    tiles = _tiles(2, 9, 10)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(tiles), run(tiles))
+
+
+def test_autocast_leaves_the_dtype_to_the_caller_and_nothing_is_saved() -> None:
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        got = normalize_tiles(_tiles(2, 9, 9), **STATS, crop_px=5)
+    assert got.dtype == torch.float32
+    assert not got.requires_grad
+    assert not saved
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "resize"), [("bicubic", 224), ("bilinear", 180), ("bicubic", 300)]
+)
+def test_cost_counts_every_byte_of_a_tile(interpolation: str, resize: int) -> None:
+    got = tile_norm_cost(10, 256, 256, resize_px=resize, interpolation=interpolation)
+    assert got.least_bytes == 10 * (256 * 256 * 3 + resize * resize * 3 * 2)
+    assert got.moved_bytes == got.least_bytes
+
+
+def test_cost_of_the_published_crop() -> None:
+    got = tile_norm_cost(1, 256, 256, crop_px=224)
+    # 224 rows of 672 bytes, which start 48 bytes into 768: 21 whole sectors and two halves.
+    assert got.least_bytes == 224 * 672 * (1 + 2)
+    assert got.moved_bytes == 224 * (704 + 672 * 2)
+    assert got.flops == 2 * 224 * 672
+    assert (
+        tile_norm_cost(1, 256, 256, crop_px=224, dtype=torch.float32).least_bytes == 224 * 672 * 5
+    )
+
+
+def test_cost_counts_rereads_only_where_a_tile_outgrows_half_the_l2() -> None:
+    small = tile_norm_cost(1, 256, 256, resize_px=224, l2_bytes=2 * 256 * 256 * 3)
+    large = tile_norm_cost(1, 256, 256, resize_px=224, l2_bytes=2 * 256 * 256 * 3 - 2)
+    assert small.moved_bytes == small.least_bytes
+    # 14 blocks; from the first to the last of 16 output rows 15 · 8/7 px, and a filter of
+    # 4 · 8/7 px around them: 21.7 px, which touch 23 rows at most.
+    assert large.moved_bytes - small.moved_bytes == (14 * 23 - 256) * 256 * 3
+
+
+def test_the_kernels_say_where_they_cannot_run() -> None:
+    tiles = _tiles(1, 9, 9)
+    with pytest.raises(RuntimeError, match="has no float64 form"):
+        normalize_tiles(tiles, **STATS, dtype=torch.float64, impl="triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
+            normalize_tiles(tiles, **STATS, impl="triton")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from modaltune.kernels._checks import check_shape, require
 from modaltune.kernels._dispatch import choose_impl
-from modaltune.kernels.tile_norm.cpu import normalize_tiles_cpu
+from modaltune.kernels._interpret import INTERPRET
+from modaltune.kernels.tile_norm.ops import empty_output, output_side
 from modaltune.kernels.tile_norm.reference import normalize_tiles_reference, resized_size
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -19,7 +20,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
     for name, values in (("mean", mean), ("std", std)):
-        good = len(values) == 3 and all(math.isfinite(v) for v in values)
+        good = len(values) == 3 and all(-math.inf < v < math.inf for v in values)
         require(good, f"{name} must be three finite numbers, one per channel, got {tuple(values)}")
     require(all(v > 0 for v in std), f"std must be > 0 in every channel, got {tuple(std)}")
 
@@ -42,6 +43,34 @@ def _check_geometry(height: int, width: int, resize_px: int | None, crop_px: int
         )
 
 
+def _check_patches(patches: Sequence[int] | None, side: int) -> tuple[int, int] | None:
+    if patches is None:
+        return None
+    good = len(patches) == 2 and all(size > 0 and side % size == 0 for size in patches)
+    require(
+        good,
+        f"patches must be a height and a width in px that divide the output's {side} px, got "
+        f"{tuple(patches)}; give another crop_px",
+    )
+    return patches[0], patches[1]
+
+
+def _choose(tiles: Tensor, dtype: torch.dtype, impl: str) -> str:
+    """Return the implementation to run, with the reason where the kernels can't be it."""
+    if impl == "triton" and dtype == torch.float64:
+        raise RuntimeError(
+            "normalize_tiles: impl='triton' works in float32 and has no float64 form; use "
+            "impl='auto' or another dtype"
+        )
+    if impl == "triton" and tiles.device.type == "cpu" and not INTERPRET:
+        raise RuntimeError(
+            "normalize_tiles: impl='triton' takes CPU tensors only where Triton interprets "
+            "kernels; set TRITON_INTERPRET=1 before the first import, or use impl='auto'"
+        )
+    kernels = ("cpu",) if dtype == torch.float64 else ("triton", "cpu")
+    return choose_impl("normalize_tiles", impl, tiles.device, (*kernels, "reference"))
+
+
 def normalize_tiles(
     tiles: Tensor,
     *,
@@ -50,6 +79,7 @@ def normalize_tiles(
     resize_px: int | None = None,
     crop_px: int | None = None,
     interpolation: str = "bicubic",
+    patches: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
@@ -57,22 +87,27 @@ def normalize_tiles(
 
     The shorter edge is resized to `resize_px` (antialiased; widths, then heights, each clamped to
     [0, 255] and not rounded), the centre `crop_px` square is kept, and `(x / 255 - mean) / std` is
-    written channels first. An edge that is already as long as wanted is not touched.
+    written channels first. An edge that is already as long as wanted is not touched. There is no
+    gradient, and nothing is saved for one: the input is bytes.
 
     Args:
-        tiles: `[n, h, w, 3]` uint8 RGB, values 0..255; n may be 0.
+        tiles: `[n, h, w, 3]` uint8 RGB, values 0..255; n may be 0. A view is read in place where
+            the pixels of a row lie side by side (a crop, tiles of a mosaic), copied otherwise.
         mean: Three channel means on the scale 0..1.
         std: Three channel standard deviations on the scale 0..1, > 0.
         resize_px: Shorter edge after the resize in px, or None to keep the tile's size.
         crop_px: Side of the centre crop in px, or None to keep everything (square tiles only).
         interpolation: `bilinear` or `bicubic`.
+        patches: `(ph, pw)` in px to cut the result into the tokens of a patch embedding; None for
+            images. `(p, p)` gives planar images: `.view(n, 3, p, p)` of it is contiguous.
         dtype: float16, bfloat16, float32 or float64. The work is done in float32 (float64 for
             float64) and rounded once at the end.
-        impl: `auto`, `cpu` or `reference`.
+        impl: `auto`, `triton` (not for float64), `cpu` or `reference`.
 
     Returns:
         `[n, 3, p, p]` of `dtype` on the device of `tiles`, channels last in memory, with p the
-        crop or the resized side.
+        crop or the resized side. With `patches` `[n, (p / ph) (p / pw), 3 · ph · pw]`: tokens row
+        by row, each channels first, contiguous.
 
     Raises:
         TypeError: `tiles` is not uint8 or `dtype` is none of the four.
@@ -93,10 +128,17 @@ def normalize_tiles(
         interpolation in INTERPOLATIONS,
         f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}",
     )
-    chosen = choose_impl("normalize_tiles", impl, tiles.device, ("cpu", "reference"))
-    run = normalize_tiles_cpu if chosen == "cpu" else normalize_tiles_reference
-    if tiles.shape[0] == 0:
-        # The resize has no kernel for an empty batch.
-        side = crop_px or resize_px or tiles.shape[1]
-        return torch.empty((0, 3, side, side), dtype=dtype, device=tiles.device)
-    return run(tiles, tuple(mean), tuple(std), resize_px, crop_px, interpolation, dtype)
+    side = output_side(tiles.shape[1], tiles.shape[2], resize_px, crop_px)
+    cut = _check_patches(patches, side)
+    chosen = _choose(tiles, dtype, impl)
+    if chosen == "reference":
+        if tiles.shape[0] == 0:
+            # The resize has no kernel for an empty batch.
+            return empty_output(0, side, cut, dtype, tiles.device)
+        return normalize_tiles_reference(
+            tiles, tuple(mean), tuple(std), resize_px, crop_px, interpolation, cut, dtype
+        )
+    out: Tensor = torch.ops.modaltune.tile_norm_fwd(
+        tiles, mean, std, resize_px, crop_px, interpolation, cut, dtype, chosen
+    )
+    return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels.tile_norm.reference import resize_and_crop
+from modaltune.kernels.tile_norm.reference import resize_and_crop, to_patches
 
 
 def normalize_tiles_cpu(
@@ -19,13 +19,14 @@ def normalize_tiles_cpu(
     resize_px: int | None,
     crop_px: int | None,
     interpolation: str,
+    patches: tuple[int, int] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return `[n, 3, p, p]` of `dtype`; arguments as `normalize_tiles`, already checked."""
+    """Return the tiles in the layout asked for; arguments as `normalize_tiles`, checked, n > 0."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
     x = resize_and_crop(tiles, resize_px, crop_px, interpolation, working)
     spread = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     offset = -torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1) / spread
     # `x` is this function's own copy: converting from uint8 always makes one.
     torch.addcmul(offset.to(working), x, (1 / (255 * spread)).to(working), out=x)
-    return x.to(dtype)
+    return to_patches(x.to(dtype), patches)

@@ -62,6 +62,18 @@ def resize_and_crop(
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+def to_patches(x: Tensor, patches: tuple[int, int] | None) -> Tensor:
+    """Return `[n, tokens, 3 · ph · pw]` from `[n, 3, p, p]`, or `x` itself where patches is None.
+
+    Tokens go row by row over the tile; inside a token channels are outermost, then rows, as the
+    weight `[D, 3, ph, pw]` of a patch embedding has them when it is flattened.
+    """
+    if patches is None:
+        return x
+    x = x.unflatten(3, (-1, patches[1])).unflatten(2, (-1, patches[0]))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).contiguous()
+
+
 def normalize_tiles_reference(
     tiles: Tensor,
     mean: tuple[float, ...],
@@ -69,12 +81,13 @@ def normalize_tiles_reference(
     resize_px: int | None,
     crop_px: int | None,
     interpolation: str,
+    patches: tuple[int, int] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return `[n, 3, p, p]` of `dtype`; arguments as `normalize_tiles`, already checked."""
+    """Return the tiles in the layout asked for; arguments as `normalize_tiles`, checked, n > 0."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
     x = resize_and_crop(tiles, resize_px, crop_px, interpolation, working)
     shape = (1, 3, 1, 1)
     centre = torch.tensor(mean, dtype=working, device=x.device).view(shape)
     spread = torch.tensor(std, dtype=working, device=x.device).view(shape)
-    return ((x / 255 - centre) / spread).to(dtype)
+    return to_patches(((x / 255 - centre) / spread).to(dtype), patches)
