@@ -377,5 +377,6 @@ def _describe_planting() -> dict[str, Any]:
             "weibull_scale_months": plan.WEIBULL_SCALE_MONTHS,
             "censored_share": plan.CENSORED_SHARE,
         },
-        "nothing_planted_in": ["sex", "site", "stage", "t", "n", "m", "all other pathways"],
+        "nothing_planted_in": ["sex", "all other pathways"],
+        "the_same_in_every_case": ["site", "stage", "t", "n", "m"],
     }

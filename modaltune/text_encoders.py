@@ -23,6 +23,7 @@ from modaltune.text_embeddings import PrecomputedText
 __all__ = [
     "DEFAULT_ENCODER",
     "PrecomputedText",
+    "SentenceBook",
     "TextEncoder",
     "embed_labels",
     "load_text_encoder",
@@ -115,6 +116,26 @@ class TextEncoder:
             pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         pooled = F.normalize(pooled, dim=-1) if self.normalize else pooled
         return pooled.cpu()
+
+
+class SentenceBook:
+    """Embeddings of sentences, each computed once; goes to other processes without its encoder."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.width = encoder.width
+        self._encoder: TextEncoder | None = encoder
+        self._known: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_encoder": None}
+
+    def encode(self, sentences: Sequence[str]) -> Tensor:
+        """Return `[n, width]` float32."""
+        missing = sorted(set(sentences) - set(self._known))
+        if missing and self._encoder is not None:
+            rows = self._encoder.encode(missing)
+            self._known.update(zip(missing, rows, strict=True))
+        return torch.stack([self._known[sentence] for sentence in sentences])
 
 
 def load_text_encoder(
