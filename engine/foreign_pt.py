@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.hdf5_files import positive_number
 from modaltune.engine.tile_coords import TileCoords, read_coords
@@ -21,6 +20,7 @@ from modaltune.engine.tile_features import (
     check_features,
     slide_name,
 )
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 
 # Coordinates are small; more than this in one archive is not a tiling.
 _MAX_NPZ_BYTES = 1 << 30

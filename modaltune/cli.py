@@ -21,7 +21,7 @@ FAILED = 1
 
 app = typer.Typer(
     name="modaltune",
-    help="Turn whole-slide pathology images, genes and clinical records into patient embeddings.\n\n"
+    help="Turn whole-slide images, genes and clinical records into patient embeddings.\n\n"
     "Start with [bold]modaltune demo[/]: it needs no data and no network.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -71,7 +71,7 @@ def configure(
 
 
 def reports_errors(command: Command) -> Command:
-    """Print errors a user can act on as one message, and exit 1; anything else is a fault of ours."""
+    """Print errors a user can act on as one message and exit 1; others are faults of ours."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -274,7 +274,7 @@ def golden(
     impl: Annotated[Impl, typer.Option(help="Implementation of the kernels.")] = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare every tensor of golden cases with the published implementation; exit 1 on any miss."""
+    """Compare every tensor of golden cases with the published model; exit 1 on any miss."""
     from modaltune.golden import render, run_folder, to_json
 
     rows = run_folder(folder, impl)

@@ -46,9 +46,9 @@ def slide_table(info: Mapping[str, Any]) -> Table:
 def outcome_table(report: EmbedReport, most: int = 40) -> Table:
     """Return the outcome of every slide; of a long list, all that did not go well and the rest."""
     table = Table(title=f"Slides, tile encoder {report.encoder}", title_justify="left")
-    for column, justify in (("slide", "left"), ("status", "left"), ("tiles", "right"),
-                            ("seconds", "right"), ("reader", "left"), ("note", "left")):  # fmt: skip
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("slide", "status", "tiles", "seconds", "reader", "note"):
+        numeric = column in ("tiles", "seconds")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     ordered = sorted(report.outcomes, key=lambda o: o.status in ("done", "kept"))
     shown = report.outcomes if len(ordered) <= most else ordered[:most]
     for outcome in shown:

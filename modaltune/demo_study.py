@@ -141,7 +141,7 @@ class DemoStudy(BaseModel):
         for done, (job, answer) in enumerate(_run(jobs, self.workers), start=1):
             found.setdefault((job.inputs, job.fold), []).append(answer)
             step(done, len(jobs))
-        variants = {}
+        variants: dict[str, VariantResult] = {}
         for inputs, has in usable_by.items():
             # A case without the only modality asked for: the training prior, and average risk.
             probability, risk = np.zeros(len(ids)), np.zeros(len(ids))
@@ -156,7 +156,7 @@ class DemoStudy(BaseModel):
             data.clinical["survival_months"].to_numpy(np.float64),
             data.clinical["event"].to_numpy(np.float64),
             _modalities(data),
-            dict(variants),
+            variants,
         )
 
     def predict(
@@ -371,7 +371,7 @@ def _scale(embedded: Floats, train: int) -> Floats:
 def _score(data: StudyData, probability: Floats, risk: Floats, unpredictable: int) -> VariantResult:
     durations, events = data.clinical["survival_months"], data.clinical["event"]
 
-    def accuracy(classes: Floats, predicted: Floats) -> float:
+    def accuracy(classes: npt.ArrayLike, predicted: Floats) -> float:
         return balanced_accuracy(classes, predicted > 0.5)
 
     balanced = bootstrap_interval(accuracy, data.classes, probability, seed=data.seed)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.engine.atomic import atomic_path
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 from modaltune.errors import CohortError
 from modaltune.labels import ROWS
 from modaltune.tables import name_few

@@ -38,8 +38,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty-cache"))
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -134,8 +132,6 @@ def test_listing_encoders_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-
-
 @pytest.mark.parametrize("name", BUILT)
 def test_architectures_have_the_published_shapes(name: str) -> None:
     # Millions of parameters, and shapes of tensors that the published files are known to hold.
@@ -196,8 +192,6 @@ def test_class_pooling_equals_timms_own_with_registers() -> None:
     model = _tiny_vit(reg_tokens=8, no_embed_class=True, global_pool="token")
     x = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(TimmFeatures(model, "cls")(x), model(x))
-
-
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from modaltune.engine import untrusted_pt, foreign_pt
-from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
+from modaltune.engine import foreign_pt, untrusted_pt
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.store import read_features
+from modaltune.engine.untrusted_pt import UntrustedPtError, load_pt_tensors
 
 N, D = 6, 5
 RNG = np.random.default_rng(7)

@@ -73,8 +73,6 @@ def tiled(pyramids: dict[str, Path]) -> Path:
     return pyramids["jpeg-tiled"]
 
 
-
-
 @pytest.mark.shared
 @pytest.mark.parametrize("reader", READERS)
 def test_the_shared_slide_reads_as_tifffile_decodes_it(shared_dir: Path, reader: str) -> None:
@@ -266,8 +264,6 @@ def test_the_shared_field_opens(shared_dir: Path) -> None:
         assert (slide.name, slide.dimensions, slide.mpp_source) == ("image", (1024, 1024), "option")
 
 
-
-
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("count", [0, 1, 2, 17, 70])
 def test_batches_equal_single_reads_and_share_no_memory(
@@ -354,8 +350,6 @@ def test_a_closed_reader_says_so(tiled: Path) -> None:
     slide.close()
     with pytest.raises(SlideError, match="must be open to be read"):
         slide.read_region((0, 0), (8, 8))
-
-
 
 
 @pytest.mark.parametrize(("max_side", "level"), [(448, 0), (300, 0), (200, 1), (112, 2), (37, 2)])

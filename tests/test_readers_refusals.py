@@ -64,8 +64,6 @@ def tiled(pyramids: dict[str, Path]) -> Path:
     return pyramids["jpeg-tiled"]
 
 
-
-
 def tiff_with(path: Path, resolution: tuple[float, float], unit: str) -> Path:
     rgb = picture(64, 64)
     tifffile.imwrite(
@@ -147,8 +145,6 @@ def test_base_mpp_against_metadata(
     assert bool(warnings) == is_warned
     if is_warned:
         assert "base_mpp 0.25 given, but the metadata say 0.5" in warnings[0]
-
-
 
 
 @pytest.mark.shared
@@ -279,8 +275,6 @@ def test_other_readers_go_on_after_a_damaged_tile(
         np.testing.assert_array_equal(slide.read_region((0, 0), (60, 60)), rgb[:60, :60])
 
 
-
-
 def png_header(path: Path, width: int, height: int) -> Path:
     """Write a PNG that declares a size and holds no pixels."""
 
@@ -324,8 +318,6 @@ def test_reads_are_checked_before_they_allocate(tiled: Path, reader: str) -> Non
             slide.read_regions([(0, 0)], (8, 8), num_workers=0)
         with pytest.raises(SlideError, match=r"max_side must be 1\.\.16384, got 100000"):
             slide.thumbnail(100_000)
-
-
 
 
 @pytest.mark.shared

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modaltune.engine.readers import open_slide
 from scipy import ndimage
 
 from modaltune.engine import tissue
 from modaltune.engine.errors import InputError
+from modaltune.engine.readers import open_slide
 from modaltune.engine.tissue import METHODS, find_tissue, tissue_mask
 
 WHITE = (255, 255, 255)

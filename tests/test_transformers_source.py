@@ -207,8 +207,6 @@ def test_names_download_nothing_unasked() -> None:
         load_encoder("transformers:nobody/nothing", trust_remote_code=REVISION)
 
 
-
-
 def test_registered_encoder_takes_its_own_folder_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +244,6 @@ def test_registered_encoder_comes_from_the_cache_whole(
     (root / "refs" / "main").write_text(REVISION)
     _save(root / "snapshots" / REVISION, _dinov2())
     assert load_encoder("phikon-v2").encode(_tiles()).shape == (3, 32)
-
 
 
 CODE = """
