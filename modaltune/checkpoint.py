@@ -126,7 +126,7 @@ def save_run(folder: str | Path, run: Run) -> Path:
             "projector": None if projector is None else [projector.text_dim, projector.out_dim],
             # In token order: their learned positions follow it.
             "extra_modalities": [m for m in run.model.spans if m not in _BUILT_IN],
-            "weights_sha256": _sha256(folder / WEIGHTS),
+            "weights_sha256": file_sha256(folder / WEIGHTS),
             "info": run.info,
         },
     )
@@ -157,7 +157,7 @@ def load_run(
             f"extra_modalities of run {folder} must be {further}, got {sorted(given)}; pass a "
             "fresh module for each"
         )
-    if _sha256(folder / WEIGHTS) != described["weights_sha256"]:
+    if file_sha256(folder / WEIGHTS) != described["weights_sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} must have the checksum that {DESCRIPTION} states, got another; "
             "the file is damaged or was replaced: copy the run again"
@@ -212,7 +212,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

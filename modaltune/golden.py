@@ -149,13 +149,13 @@ def _within_reach(
     return ("reference", f"ran the reference: {reason}") if reason else (impl, "")
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     """Return |a - b| / |b| in the Frobenius norm; the plain |a - b| where b is zero."""
     difference, norm = float((a.double() - b.double()).norm()), float(b.double().norm())
     return difference / norm if norm > 0 else difference
 
 
-def _largest(a: Tensor, b: Tensor) -> float:
+def largest_error(a: Tensor, b: Tensor) -> float:
     """Return the largest difference; infinite where one side is NaN and the other is not."""
     if a.numel() == 0:
         return 0.0
@@ -197,28 +197,28 @@ def _compare_one(
     if group == "step":
         yield _compare_step(case, leaf, got, want, meta, stored)
     elif group.startswith("grad"):
-        if _is_zero_gradient(leaf, meta):
+        if is_zero_gradient(leaf, meta):
             yield Comparison(
-                case, name, _largest(got, torch.zeros_like(got)), ZERO_GRAD, "max abs, true 0"
+                case, name, largest_error(got, torch.zeros_like(got)), ZERO_GRAD, "max abs, true 0"
             )
         else:
-            yield Comparison(case, name, _relative(got, want), GRAD_EACH, "relative")
+            yield Comparison(case, name, relative_error(got, want), GRAD_EACH, "relative")
     elif meta["kind"] == "evaluation":
         exact = leaf.endswith(_EXACT)
         yield Comparison(
-            case, name, _largest(got, want), 0.0 if exact else PROBE_ABSOLUTE, "max abs"
+            case, name, largest_error(got, want), 0.0 if exact else PROBE_ABSOLUTE, "max abs"
         )
     elif leaf.startswith("loss"):
-        yield Comparison(case, name, _largest(got, want), LOSS_ABSOLUTE, "max abs")
+        yield Comparison(case, name, largest_error(got, want), LOSS_ABSOLUTE, "max abs")
     elif not want.is_floating_point():
-        yield Comparison(case, name, _largest(got, want), 0.0, "equal")
+        yield Comparison(case, name, largest_error(got, want), 0.0, "equal")
     else:
-        yield Comparison(case, name, _relative(got, want), OUT_RELATIVE, "relative")
+        yield Comparison(case, name, relative_error(got, want), OUT_RELATIVE, "relative")
         ulps = OUT_ULPS * torch.finfo(torch.float32).eps * float(want.abs().max())
-        yield Comparison(case, name, _largest(got, want), max(OUT_ABSOLUTE, ulps), "max abs")
+        yield Comparison(case, name, largest_error(got, want), max(OUT_ABSOLUTE, ulps), "max abs")
 
 
-def _is_zero_gradient(leaf: str, meta: Mapping[str, Any]) -> bool:
+def is_zero_gradient(leaf: str, meta: Mapping[str, Any]) -> bool:
     """Whether the true gradient of a tensor is zero, so that only rounding noise is stored."""
     return leaf in meta.get("grad_analytically_zero", []) or bool(_ALWAYS_ZERO.search(leaf))
 
@@ -234,14 +234,16 @@ def _compare_step(
     """AdamW's first step is sign-like: entries with a tiny gradient may go either way."""
     name = f"step/{leaf}"
     grad = stored.get(f"grad/{leaf}")
-    if _is_zero_gradient(leaf, meta):
+    if is_zero_gradient(leaf, meta):
         # Rounding noise decides the direction; the length of the step does not depend on it.
         limit = 2.0 * meta["lr"] * (1 + STEP_ABSOLUTE) + STEP_ABSOLUTE
-        return Comparison(case, name, _largest(got, want), limit, "max abs", "true gradient 0")
+        return Comparison(case, name, largest_error(got, want), limit, "max abs", "true gradient 0")
     if grad is None:
-        return Comparison(case, name, _largest(got, want), STEP_ABSOLUTE, "max abs", "no gradient")
+        return Comparison(
+            case, name, largest_error(got, want), STEP_ABSOLUTE, "max abs", "no gradient"
+        )
     clear = grad.abs() > STEP_MIN_GRAD
-    return Comparison(case, name, _largest(got[clear], want[clear]), STEP_ABSOLUTE, "max abs")
+    return Comparison(case, name, largest_error(got[clear], want[clear]), STEP_ABSOLUTE, "max abs")
 
 
 def _all_gradients(
@@ -250,12 +252,12 @@ def _all_gradients(
     names = [
         n
         for n in stored
-        if n.startswith("grad") and n in answers and not _is_zero_gradient(n.split("/", 1)[1], meta)
+        if n.startswith("grad") and n in answers and not is_zero_gradient(n.split("/", 1)[1], meta)
     ]
     if len(names) > 1:
         got = torch.cat([answers[n].double().flatten() for n in names])
         want = torch.cat([stored[n].double().flatten() for n in names])
-        yield Comparison(case, "grad (all)", _relative(got, want), GRAD_ALL, "relative")
+        yield Comparison(case, "grad (all)", relative_error(got, want), GRAD_ALL, "relative")
 
 
 def _compare_metrics(meta: Mapping[str, Any], answers: Answers) -> Iterable[Comparison]:
@@ -278,7 +280,7 @@ def _compare_schedule(meta: Mapping[str, Any], answers: Answers) -> Iterable[Com
         want = torch.tensor(rates, dtype=torch.float64)
         got = answers[f"lrs/{epochs}"]
         fits = got.shape == want.shape
-        error = _largest(got, want) if fits else math.nan
+        error = largest_error(got, want) if fits else math.nan
         yield Comparison(meta["name"], f"lrs/{epochs}", error, SCHEDULE_ABSOLUTE, "max abs")
 
 
@@ -305,7 +307,7 @@ def _self_check(case: str, single: Answers, double: Answers) -> Comparison:
     worst, where = 0.0, ""
     for name, want in double.items():
         if name.startswith(("out/", "mid/")) and not name.startswith("out/loss"):
-            error = _relative(single[name], want)
+            error = relative_error(single[name], want)
             if not error <= worst:
                 worst, where = error, name
     note = f"worst: {where}"

@@ -231,12 +231,17 @@ def _planted(data: ReportData) -> str:
         f"of a falling line and overlap along each axis alone; {errors} wrong predictions ringed.",
         "Every case by what was planted in it; edges: the classes along either axis alone.",
     )
+    # What lacks a modality lies far off, and would be all that the picture shows.
+    complete = np.all(list(data.modalities.values()), axis=0)[: len(data.embedding)]
+    complete = complete if complete.sum() >= 3 else np.ones(len(data.embedding), bool)
     pca = drawn(
         "What the model learned",
-        lambda: plots.embedding_map("embedding", data.embedding, data.classes),
+        lambda: plots.embedding_map(
+            "embedding", data.embedding[complete], data.classes[: len(complete)][complete]
+        ),
         "First two principal components of the patient embeddings, coloured by class.",
-        "General prompt of the final model, in two principal components. That model was tuned on "
-        "all of these cases: a picture of what it learned, not an evaluation.",
+        f"General prompt of the final model, {int(complete.sum())} cases with every modality, two "
+        "principal components. It was tuned on these very cases: a picture, not an evaluation.",
     )
     body = f'<div class="grid">{picture}{pca}</div>'
     return section("planted", "What was planted, and why neither input suffices", prose, body)

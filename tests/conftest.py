@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,14 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.fail("MODALTUNE_REQUIRE_SHARED=1, but ../shared is absent")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a command line did to logging, which belongs to the whole process."""
+    root, own = logging.getLogger(), logging.getLogger("modaltune")
+    handlers, levels = list(root.handlers), (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])

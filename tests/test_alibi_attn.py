@@ -209,14 +209,15 @@ def test_no_rows_and_no_sequences() -> None:
 
 
 _PEAK = """
-import resource, sys, torch
+import sys, torch
 from modaltune.kernels import alibi_attention
+from modaltune.testing import peak_memory_mib
 torch.set_num_threads(1)
 def peak(n):
     q, k, v = (torch.randn(n, 4, 16, requires_grad=True) for _ in range(3))
     grid = torch.randint(0, 99, (n, 2))
     alibi_attention(q, k, v, grid, torch.rand(4), impl=sys.argv[1]).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory_mib()
 print(peak(int(sys.argv[2])), peak(2 * int(sys.argv[2])))
 """
 

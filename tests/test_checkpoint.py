@@ -256,7 +256,7 @@ def test_weights_of_another_architecture_are_refused(folder: Path, change: Any) 
     state = load_file(path)
     change(state)
     save_file(state, path)
-    rewrite(folder, lambda d: d.update(weights_sha256=checkpoint._sha256(path)))
+    rewrite(folder, lambda d: d.update(weights_sha256=checkpoint.file_sha256(path)))
     with pytest.raises(CheckpointError, match=r"(?s)must hold weights of.*head_norm\.weight"):
         load_run(folder)
 

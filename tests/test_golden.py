@@ -19,10 +19,10 @@ from torch import Tensor
 from modaltune.errors import InputError
 from modaltune.golden import (
     Comparison,
-    _is_zero_gradient,
-    _largest,
-    _relative,
     find_cases,
+    is_zero_gradient,
+    largest_error,
+    relative_error,
     render,
     run_case,
     run_folder,
@@ -235,16 +235,16 @@ def test_incomplete_cases_are_an_error(copy: Callable[..., Path]) -> None:
 
 def test_errors_are_measured_as_named() -> None:
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0])
-    assert _relative(a, a + 0) == 0
-    assert _relative(b, a) == 1
-    assert _relative(a, b) == 5
+    assert relative_error(a, a + 0) == 0
+    assert relative_error(b, a) == 1
+    assert relative_error(a, b) == 5
     nan = torch.tensor([math.nan, 1.0])
-    assert _largest(nan, nan) == 0
-    assert _largest(nan, a) == math.inf
-    assert _largest(a, nan) == math.inf
+    assert largest_error(nan, nan) == 0
+    assert largest_error(nan, a) == math.inf
+    assert largest_error(a, nan) == math.inf
     assert not Comparison("c", "t", math.nan, 1.0, "abs").is_ok
-    assert _is_zero_gradient("gene_encoder.mlp_mixer.2.0.fn.3.bias", {})
-    assert not _is_zero_gradient("gene_encoder.mlp_mixer.2.0.fn.0.bias", {})
+    assert is_zero_gradient("gene_encoder.mlp_mixer.2.0.fn.3.bias", {})
+    assert not is_zero_gradient("gene_encoder.mlp_mixer.2.0.fn.0.bias", {})
 
 
 def test_a_nan_where_the_gradient_is_zero_is_a_miss(
