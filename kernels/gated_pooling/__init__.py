@@ -1,0 +1,1 @@
+"""Attention pooling of tiles: one vector per case and head from gated attention weights."""
