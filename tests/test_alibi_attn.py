@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from modaltune.kernels import alibi_attention
 from modaltune.kernels.alibi_attn import cpu
+from modaltune.kernels.alibi_attn.cost import alibi_cost
 
 RAGGED = [0, 1, 15, 0, 16, 17, 127]
 
@@ -236,6 +238,83 @@ def test_memory_is_linear_on_the_cpu() -> None:
     assert growth["reference"] > 90
 
 
+def op_arguments(needs: str = "qkv") -> tuple[object, ...]:
+    """Arguments of `modaltune::alibi_attn_fwd`, of which those in `needs` want a gradient."""
+    qkv, grid, slopes, offsets = make_inputs([5, 0, 9], dtype=torch.float32)
+    leaves = [t.detach().requires_grad_(n in needs) for n, t in zip("qkv", qkv, strict=True)]
+    return (*leaves, grid, slopes, offsets, 1, 0.3, "cpu")
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.modaltune.alibi_attn_fwd.default, op_arguments())
+    for needs in ([True, True, True], [False, False, True]):
+        q, k, v, *rest, impl = op_arguments("")
+        out, lse = torch.ops.modaltune.alibi_attn_fwd(q, k, v, *rest, impl)
+        grid, slopes, *last = rest
+        kept = (v, grid, slopes, out) if needs[0] else (None, grid, slopes, None)
+        arguments = (torch.randn_like(q), q, k, *kept, lse, *last, needs, impl)
+        torch.library.opcheck(torch.ops.modaltune.alibi_attn_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiles_as_one_graph(dtype: torch.dtype) -> None:
+    """Forward and backward, through both operators, offsets looked at only when it runs."""
+    inputs = make_inputs([7, 0, 12], dtype=dtype)
+    seed = torch.randn(inputs[0][0].shape, dtype=dtype)
+
+    def run(*qkv: Tensor) -> Tensor:
+        return alibi_attention(*qkv, *inputs[1:3], offsets=inputs[3], impl="auto") * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    out = compiled(*inputs[0])
+    grads = torch.autograd.grad(out, inputs[0], seed)
+    want = run_with_grads("cpu", inputs, 2 * seed)
+    assert torch.equal(out, 2 * want[0])
+    assert all(torch.equal(a, b) for a, b in zip(grads, want[1:], strict=True))
+    inputs[3][1] = 99
+    with pytest.raises(ValueError, match="offsets must rise"):
+        compiled(*inputs[0])
+
+
+@pytest.mark.parametrize(("needs", "tensors"), [("qkv", 4), ("q", 4), ("k", 4), ("v", 2), ("", 0)])
+def test_saved_for_backward_as_the_docstring_says(needs: str, tensors: int) -> None:
+    """`tensors` of the size of q, and lse, grid, slopes, offsets; never a score."""
+    q, k, v, grid, slopes, offsets, *_ = op_arguments(needs)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        alibi_attention(q, k, v, grid, slopes, offsets=offsets, impl="cpu")
+    rows, heads, dim = q.shape
+    beside = 4 * rows * heads + 16 * rows + 8 * heads + 8 * len(offsets)
+    want = tensors * 4 * rows * heads * dim + beside if needs else 0
+    assert sum(t.nbytes for t in saved) == want
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v", "qk", "qv", "kv"])
+def test_a_gradient_left_out_changes_no_other(needs: str) -> None:
+    inputs = make_inputs(RAGGED)
+    seed = torch.randn(inputs[0][0].shape, dtype=torch.float64)
+    full = dict(zip("qkv", run_with_grads("cpu", inputs, seed)[1:], strict=True))
+    some = {n: t.detach().requires_grad_(n in needs) for n, t in zip("qkv", inputs[0], strict=True)}
+    out = alibi_attention(**some, grid=inputs[1], slopes=inputs[2], offsets=inputs[3], impl="cpu")
+    grads = torch.autograd.grad(out, [some[n] for n in needs], seed)
+    assert all(torch.equal(full[n], g) for n, g in zip(needs, grads, strict=True))
+
+
+def test_cost_of_titan() -> None:
+    """Products by counting pairs; bytes at the point where k and v no longer fit half the L2."""
+    one = alibi_cost([1001], mode="forward", l2_bytes=50_000_000)
+    assert one.flops == 2 * 2 * 64 * 12 * 1001**2
+    assert one.least_bytes == 1001 * (4 * 768 * 2 + 12 * 4 + 16)
+    assert one.moved_bytes < 1.05 * one.least_bytes
+    # A pair of heads: 1001 rows of k and v are 512 bytes and a cell of 8 each.
+    small = alibi_cost([1001], mode="forward", l2_bytes=2 * 1001 * 520 - 2)
+    assert small.moved_bytes - one.moved_bytes == 6 * 1001 * 520 * (8 - 1)
+    two = alibi_cost([1001, 1001], mode="backward", l2_bytes=50_000_000)
+    assert two.flops == 7 * 2 * 64 * 12 * 1001**2 * 2
+    with pytest.raises(ValueError, match="mode must be"):
+        alibi_cost([1], mode="both", l2_bytes=1)
+
+
 def _valid() -> dict[str, object]:
     (q, k, v), grid, slopes, offsets = make_inputs([4, 5])
     return {"q": q, "k": k, "v": v, "grid": grid, "slopes": slopes, "offsets": offsets}
@@ -256,7 +335,7 @@ def _valid() -> dict[str, object]:
         ({"num_prefix": -1}, ValueError, "num_prefix must be at least 0, got -1"),
         ({"scale": math.nan}, ValueError, "scale must be finite"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
-        ({"impl": "triton"}, RuntimeError, "triton"),
+        ({"impl": "triton"}, RuntimeError, "impl='triton' can't run: .* not torch.float64"),
     ],
 )
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -264,3 +343,10 @@ def test_bad_arguments(change: dict[str, object], error: type[Exception], messag
     positional = [arguments.pop(name) for name in ("q", "k", "v", "grid", "slopes")]
     with pytest.raises(error, match=message):
         alibi_attention(*positional, **arguments)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes them")
+def test_triton_needs_a_gpu_or_the_interpreter() -> None:
+    qkv, grid, slopes, _ = make_inputs([3], dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"cpu tensors run only .* TRITON_INTERPRET=1"):
+        alibi_attention(*qkv, grid, slopes, impl="triton")

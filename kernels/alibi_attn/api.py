@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
 from modaltune.kernels._dispatch import choose_impl
-from modaltune.kernels.alibi_attn.cpu import alibi_attention_cpu
+from modaltune.kernels.alibi_attn.ops import require_triton, why_not_triton
 from modaltune.kernels.alibi_attn.reference import alibi_attention_reference
+
+logger = logging.getLogger(__name__)
 
 
 def _check_arguments(
@@ -66,11 +70,19 @@ def alibi_attention(
         num_prefix: Rows at the head of each sequence (cls) that have no position: the bias of
             their rows and columns is 0.
         scale: Factor of q . k. Default `d ** -0.5`.
-        impl: `auto`, `cpu` (memory linear in the sequence) or `reference` (dense `[H, n, n]`
-            bias, any device).
+        impl: `auto`, `triton` (GPU: float16, bfloat16, float32, d <= 128), `cpu` or `reference`
+            (dense `[H, n, n]` bias, any device, natively differentiable). All but the reference
+            take memory linear in the sequence.
 
     Returns:
-        `[N, H, d]` in the dtype of `q`.
+        `[N, H, d]` in the dtype of `q`; under autocast `triton` runs in the dtype of autocast, and
+        `cpu` in that of the inputs.
+
+    Memory:
+        Saved for backward by `triton` and `cpu`: q, k, v and the output (4 N H d elements), a
+        log-sum-exp per row and head (4 N H bytes, 8 in float64), grid, slopes and offsets; without
+        v and output where neither q nor k needs a gradient; nothing where none does. The backward
+        pass computes scores and bias again and takes 4 N H + 8 N bytes more (`triton`).
 
     Raises:
         TypeError: q or slopes are not floating point.
@@ -86,7 +98,29 @@ def alibi_attention(
     bounds = check_offsets(offsets, q.shape[0])
     factor = q.shape[2] ** -0.5 if scale is None else float(scale)
     require(math.isfinite(factor), f"scale must be finite, got {scale}")
-    chosen = choose_impl("alibi_attention", impl, q.device, ("cpu", "reference"))
-    run = alibi_attention_cpu if chosen == "cpu" else alibi_attention_reference
-    cells, per_head = grid.to(q.device, torch.int64), slopes.to(q.device)
-    return run(q, k, v, cells, per_head, bounds, num_prefix, factor)
+    chosen = _choose(q, impl)
+    cells, per_head = grid.to(q.device, torch.int64), slopes.detach().to(q.device)
+    arguments = (q, k, v, cells, per_head, bounds, num_prefix, factor)
+    if chosen == "reference":
+        return alibi_attention_reference(*arguments)
+    out, _ = torch.ops.modaltune.alibi_attn_fwd(*arguments, chosen)
+    return out
+
+
+def _choose(q: Tensor, impl: str) -> str:
+    """Return the implementation; `auto` passes over kernels that don't take these inputs."""
+    available: tuple[str, ...] = ("triton", "cpu", "reference")
+    if impl == "auto" and q.device.type != "cpu":
+        reason = why_not_triton(q)
+        if reason:
+            available = ("cpu", "reference")
+            _say_why(reason)
+    chosen = choose_impl("alibi_attention", impl, q.device, available)
+    if chosen == "triton":
+        require_triton(q)
+    return chosen
+
+
+@cache
+def _say_why(reason: str) -> None:
+    logger.info("alibi_attention: the Triton path is left out: %s", reason)

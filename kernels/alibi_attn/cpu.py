@@ -12,13 +12,11 @@ Half precision inputs are computed in float32: a bias of -100 has no fraction bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # One block of bias; the backward pass holds two such buffers.
 BLOCK_BYTES = 32 * 2**20
@@ -71,90 +69,7 @@ def _head_major(tensor: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return tensor[rows].transpose(0, 1).to(dtype).contiguous()
 
 
-class _AlibiAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: Tensor,
-        slopes: Tensor,
-        offsets: Tensor,
-        num_prefix: int,
-        scale: float,
-    ) -> Tensor:
-        """Return `[N, H, d]`; `slopes` carries the dtype of the computation."""
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = slopes.new_empty(q.shape[:2])
-        for seq in _sequences(offsets):
-            q_s, k_s, v_s = (_head_major(t, seq, slopes.dtype) for t in (q, k, v))
-            out_s, lse_s = out[seq], lse[seq]
-            for rows, heads, bias in _bias_blocks(grid[seq], slopes, num_prefix):
-                o, o_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q_s[None, heads, rows],
-                    k_s[None, heads],
-                    v_s[None, heads],
-                    attn_mask=bias[None],
-                    scale=scale,
-                )
-                out_s[rows, heads] = o[0].transpose(0, 1).to(out.dtype)
-                lse_s[rows, heads] = o_lse[0].transpose(0, 1)
-        ctx.save_for_backward(q, k, v, grid, slopes, offsets, out, lse)
-        ctx.num_prefix, ctx.scale = num_prefix, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v `[N, H, d]`; the bias has none."""
-        q, k, v, grid, slopes, offsets, out, lse = ctx.saved_tensors
-        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        # A gradient taken inside an autocast region would have its products rounded.
-        with torch.autocast("cpu", enabled=False):
-            for seq in _sequences(offsets):
-                packed = [_head_major(t, seq, slopes.dtype) for t in (q, k, v, out, grad_out)]
-                blocks = _bias_blocks(grid[seq], slopes, ctx.num_prefix)
-                of_seq = _sequence_backward(packed, lse[seq].t(), blocks, ctx.scale)
-                for grad, grad_s in zip(grads, of_seq, strict=True):
-                    grad[seq] = grad_s.transpose(0, 1).to(grad.dtype)
-        return (*grads, None, None, None, None, None)
-
-
-def _sequence_backward(
-    packed: list[Tensor],
-    lse: Tensor,
-    blocks: Iterator[tuple[slice, slice, Tensor]],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv `[H, n, d]` of one sequence.
-
-    Args:
-        packed: q, k, v, out and the gradient of out, each `[H, n, d]` contiguous.
-        lse: `[H, n]` log-sum-exp of the scores of each query.
-        blocks: Blocks of bias, overwritten with the attention weights.
-        scale: Factor of q . k.
-    """
-    q, k, v, out, grad_out = packed
-    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    delta = (grad_out * out).sum(-1)  # [H, n]
-    scratch: Tensor | None = None
-    for rows, heads, p in blocks:
-        if scratch is None:
-            scratch = torch.empty_like(p).flatten()
-        q_b, do_b = q[heads, rows], grad_out[heads, rows]  # [heads, rows, d]
-        p.baddbmm_(q_b, k[heads].transpose(1, 2), alpha=scale)
-        p.sub_(lse[heads, rows, None]).exp_()
-        dv[heads].baddbmm_(p.transpose(1, 2), do_b)
-        ds = scratch[: p.numel()].view(p.shape)  # the first block is the largest
-        torch.bmm(do_b, v[heads].transpose(1, 2), out=ds)
-        ds.sub_(delta[heads, rows, None]).mul_(p)
-        dq[heads, rows] = torch.bmm(ds, k[heads]).mul_(scale)
-        dk[heads].baddbmm_(ds.transpose(1, 2), q_b, alpha=scale)
-    return dq, dk, dv
-
-
-def alibi_attention_cpu(
+def alibi_attention_cpu_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,9 +78,108 @@ def alibi_attention_cpu(
     offsets: Tensor,
     num_prefix: int,
     scale: float,
-) -> Tensor:
-    """Return `[N, H, d]`; arguments as in `alibi_attention`, checked and without defaults."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _AlibiAttention.apply(
-        q, k, v, grid, slopes.detach().to(dtype), offsets, num_prefix, scale
-    )
+) -> tuple[Tensor, Tensor]:
+    """Return o `[N, H, d]` and its log-sum-exp `[H, N]`, float64 for float64 and else float32.
+
+    Arguments as in `alibi_attention`, checked and without defaults.
+    """
+    slopes = _computed_in(q, slopes)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = slopes.new_empty(q.shape[1], q.shape[0])
+    for seq in _sequences(offsets):
+        q_s, k_s, v_s = (_head_major(t, seq, slopes.dtype) for t in (q, k, v))
+        out_s, lse_s = out[seq], lse[:, seq]
+        for rows, heads, bias in _bias_blocks(grid[seq], slopes, num_prefix):
+            o, o_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_s[None, heads, rows],
+                k_s[None, heads],
+                v_s[None, heads],
+                attn_mask=bias[None],
+                scale=scale,
+            )
+            out_s[rows, heads] = o[0].transpose(0, 1).to(out.dtype)
+            lse_s[heads, rows] = o_lse[0]
+    return out, lse
+
+
+def alibi_attention_cpu_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    grid: Tensor,
+    slopes: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    offsets: Tensor,
+    num_prefix: int,
+    scale: float,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Fill the gradients of q, k and v `[N, H, d]`; one that is None is not computed.
+
+    v and out may be None where only v needs a gradient. The bias has none.
+    """
+    slopes = _computed_in(q, slopes)
+    # A gradient taken inside an autocast region would have its products rounded.
+    with torch.autocast("cpu", enabled=False):
+        for seq in _sequences(offsets):
+            packed = [
+                None if t is None else _head_major(t, seq, slopes.dtype)
+                for t in (q, k, v, out, grad_out)
+            ]
+            needs = [grad is not None for grad in grads]
+            blocks = _bias_blocks(grid[seq], slopes, num_prefix)
+            of_seq = _sequence_backward(packed, lse[:, seq], blocks, scale, needs)
+            for grad, grad_s in zip(grads, of_seq, strict=True):
+                if grad is not None and grad_s is not None:
+                    grad[seq] = grad_s.transpose(0, 1).to(grad.dtype)
+
+
+def _computed_in(q: Tensor, slopes: Tensor) -> Tensor:
+    """Return the slopes in the dtype of the computation."""
+    return slopes.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _sequence_backward(
+    packed: Sequence[Tensor | None],
+    lse: Tensor,
+    blocks: Iterator[tuple[slice, slice, Tensor]],
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv `[H, n, d]` of one sequence, those needed.
+
+    Args:
+        packed: q, k, v, out and the gradient of out, each `[H, n, d]` contiguous; v and out may be
+            None where only dv is needed.
+        lse: `[H, n]` log-sum-exp of the scores of each query.
+        blocks: Blocks of bias, overwritten with the attention weights.
+        scale: Factor of q . k.
+        needs: Whether dq, dk and dv are needed.
+    """
+    q, k, v, out, grad_out = packed
+    assert q is not None  # for the type checker: these three always come
+    assert k is not None
+    assert grad_out is not None
+    dq, dk, dv = (torch.zeros_like(q) if need else None for need in needs)
+    delta = None if out is None else (grad_out * out).sum(-1)  # [H, n]
+    scratch: Tensor | None = None
+    for rows, heads, p in blocks:
+        q_b, do_b = q[heads, rows], grad_out[heads, rows]  # [heads, rows, d]
+        p.baddbmm_(q_b, k[heads].transpose(1, 2), alpha=scale)
+        p.sub_(lse[heads, rows, None]).exp_()
+        if dv is not None:
+            dv[heads].baddbmm_(p.transpose(1, 2), do_b)
+        if v is None or delta is None:
+            continue
+        if scratch is None:
+            scratch = torch.empty_like(p).flatten()
+        ds = scratch[: p.numel()].view(p.shape)  # the first block is the largest
+        torch.bmm(do_b, v[heads].transpose(1, 2), out=ds)
+        ds.sub_(delta[heads, rows, None]).mul_(p)
+        if dq is not None:
+            dq[heads, rows] = torch.bmm(ds, k[heads]).mul_(scale)
+        if dk is not None:
+            dk[heads].baddbmm_(ds.transpose(1, 2), q_b, alpha=scale)
+    return dq, dk, dv
