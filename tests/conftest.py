@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.logging import RichHandler
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -31,12 +32,16 @@ def shared_dir() -> Path:
     return SHARED
 
 
+def _forget_command_line_logging() -> None:
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, RichHandler)]:
+        root.removeHandler(handler)
+    logging.getLogger("modaltune").setLevel(logging.NOTSET)
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """Undo what a command line did to logging, which belongs to the whole process."""
-    root, own = logging.getLogger(), logging.getLogger("modaltune")
-    handlers, levels = list(root.handlers), (root.level, own.level)
+    _forget_command_line_logging()
     yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    own.setLevel(levels[1])
+    _forget_command_line_logging()
