@@ -22,11 +22,10 @@ _LAZY = {
 __all__ = list(_LAZY)
 
 if TYPE_CHECKING:
-    from modaltune.kernels.gated_pooling.api import gated_pool as gated_pool
-
     from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention
     from modaltune.kernels.dilated_attn.api import dilated_attention as dilated_attention
     from modaltune.kernels.extraction.api import extract as extract
+    from modaltune.kernels.gated_pooling.api import gated_pool as gated_pool
     from modaltune.kernels.grouped_mlp.api import pathway_mlp as pathway_mlp
     from modaltune.kernels.injection.api import inject as inject
     from modaltune.kernels.position_embed.api import embed_positions as embed_positions
