@@ -16,21 +16,9 @@ from modaltune.benchmarks.model_memory import (
     bar_of,
     in_fresh_process,
     main,
-    pathway_layout,
-    pathway_sizes,
 )
 
 COLUMNS = ["time", "commit", "device", "torch", "what", "tiles", "seconds", "peak_mib", "status"]
-
-
-def test_layout_is_that_of_the_published_table() -> None:
-    sizes = pathway_sizes()
-    assert (len(sizes), sum(sizes), min(sizes), max(sizes)) == (331, 9745, 1, 199)
-    index, offsets = pathway_layout()
-    assert offsets.diff().tolist() == sizes
-    assert torch.equal(index.unique(), torch.arange(4999))
-    for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        assert index[first:last].unique().numel() == last - first
 
 
 def test_bars() -> None:
