@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+
+from modaltune.cli_parts import (
+    FAILED,
+    JsonFlag,
+    err_console,
+    out_console,
+    print_json,
+    reports_errors,
+)
 
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
-
-FAILED = 1
 
 app = typer.Typer(
     name="modaltune",
@@ -31,16 +35,11 @@ app = typer.Typer(
 slides_app = typer.Typer(help="Look at slide files.", no_args_is_help=True)
 app.add_typer(slides_app, name="slides")
 
-out_console = Console()
-err_console = Console(stderr=True)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
 BaseMpp = Annotated[
     float | None,
     typer.Option("--base-mpp", help="Microns per level-0 pixel of slides that do not say it."),
 ]
 Impl = Literal["auto", "cpu", "reference", "triton"]
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _version(value: bool) -> None:
@@ -70,26 +69,6 @@ def configure(
     logging.getLogger("modaltune").setLevel(level)
 
 
-def reports_errors(command: Command) -> Command:
-    """Print errors a user can act on as one message and exit 1; others are faults of ours."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from modaltune.engine.errors import InputError
-
-        try:
-            return command(*args, **kwargs)
-        except InputError as error:
-            err_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-            raise typer.Exit(FAILED) from error
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
 @app.command()
 @reports_errors
 def demo(
@@ -110,7 +89,7 @@ def demo(
 
     result = run_demo(out, cases=cases, seed=seed, console=None if as_json else err_console)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         result.render(out_console)
 
@@ -152,7 +131,7 @@ def slides_info(
             failed = True
             found.append({"path": str(path), "error": str(error)})
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         from modaltune.console_tables import slide_table
 
@@ -251,7 +230,7 @@ def embed(
     )
     report, summary = embed_request(request, console=None if as_json else err_console)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         _render_embed(report, summary)
     if report.of("failed"):
@@ -280,7 +259,7 @@ def golden(
     rows = run_folder(folder, impl)
     result = to_json(rows)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         render(rows, out_console)
     if not result["ok"]:
@@ -323,7 +302,7 @@ def import_checkpoint(
             "position_convention": run.model.config.position_convention,
         }
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         for name, value in result.items():
             out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True)

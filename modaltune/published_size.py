@@ -41,10 +41,10 @@ def published_size_model(config: ModalTuneConfig | None = None) -> ModalTune:
 
 
 def random_cases(model: ModalTune, tiles: int, cases: int = 1, seed: int = 0) -> CaseBatch:
-    """Return cases of normal tile features on a square of the grid, with genes.
+    """Return cases of normal tile features on a square of the grid, with every modality.
 
     Args:
-        model: Names the feature width; its genes are those of `pathway_layout`.
+        model: Names the widths. Modalities of somebody's own are left out: nobody knows their form.
         tiles: Tiles of each case.
         cases: Number of cases.
         seed: Of the values.
@@ -54,9 +54,14 @@ def random_cases(model: ModalTune, tiles: int, cases: int = 1, seed: int = 0) ->
     side = math.isqrt(tiles) + 1
     position = torch.stack([cell % side, cell // side], dim=1) * TILE_PX
     width = model.slide_encoder.in_features
+    tile_features = torch.randn(tiles * cases, width, generator=generator)
     return CaseBatch(
-        tiles=torch.randn(tiles * cases, width, generator=generator),
+        tiles=tile_features,
         positions_px=position.repeat(cases, 1),
         offsets=torch.arange(cases + 1) * tiles,
-        modalities={"genes": torch.randn(cases, GENES, generator=generator)},
+        modalities={
+            name: torch.randn(cases, module.in_features, generator=generator)
+            for name, module in model.each_modality().items()
+            if module.in_features is not None
+        },
     )
