@@ -13,10 +13,15 @@ _LAZY = {
     "dilated_attention": "dilated_attn",
     "embed_positions": "position_embed",
     "extract": "extraction",
+    "frozen_linear": "frozen_product",
     "gated_pool": "gated_pooling",
     "inject": "injection",
     "normalize_tiles": "tile_norm",
+    "packed_bytes": "frozen_product",
     "pathway_mlp": "grouped_mlp",
+    "pin_products": "frozen_product",
+    "product_choice": "frozen_product",
+    "product_libraries": "frozen_product",
 }
 
 __all__ = list(_LAZY)
@@ -25,6 +30,11 @@ if TYPE_CHECKING:
     from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention
     from modaltune.kernels.dilated_attn.api import dilated_attention as dilated_attention
     from modaltune.kernels.extraction.api import extract as extract
+    from modaltune.kernels.frozen_product.api import frozen_linear as frozen_linear
+    from modaltune.kernels.frozen_product.api import packed_bytes as packed_bytes
+    from modaltune.kernels.frozen_product.api import pin_products as pin_products
+    from modaltune.kernels.frozen_product.api import product_choice as product_choice
+    from modaltune.kernels.frozen_product.api import product_libraries as product_libraries
     from modaltune.kernels.gated_pooling.api import gated_pool as gated_pool
     from modaltune.kernels.grouped_mlp.api import pathway_mlp as pathway_mlp
     from modaltune.kernels.injection.api import inject as inject

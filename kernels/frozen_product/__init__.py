@@ -1,0 +1,1 @@
+"""Products with frozen weights: nothing of the input is saved, and the fastest library is used."""

@@ -1,0 +1,82 @@
+"""Public entry of products with frozen weights, and of the choice of their library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modaltune.kernels._checks import check_float, check_shape, require
+from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._product_choice import ProductChoice as ProductChoice
+from modaltune.kernels._product_choice import pin_products as pin_products
+from modaltune.kernels._product_choice import product_choice as product_choice
+from modaltune.kernels._product_choice import product_libraries as product_libraries
+from modaltune.kernels._products import PACKED
+from modaltune.kernels.frozen_product import ops
+from modaltune.kernels.frozen_product.reference import frozen_linear_reference
+
+
+def frozen_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Multiply by a weight that needs no gradient: `activation(x W^T + b)`.
+
+    On the CPU, float32 products go to the fastest library of the machine: oneDNN, numpy's BLAS or
+    torch's. Which one is measured once and kept in a file; `MODALTUNE_PRODUCTS=torch` or
+    `pin_products("torch")` pins it, `product_choice()` tells it. The libraries agree to float32
+    rounding. oneDNN keeps a reordered copy of the weight (one more for gradients) as long as the
+    weight lives, at most `MODALTUNE_PACKED_MIB` in all; a changed weight is noticed. Elsewhere, and
+    in other dtypes, this is torch.
+
+    Differentiable in x alone. The backward pass is `grad W`; it saves nothing of the input. With
+    an activation x is saved (`4 K` bytes a row) and `x W^T` computed again.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[M, K]`, in the dtype of `x` (under autocast any floating dtype).
+        bias: `[M]` or None.
+        activation: None, or `gelu` for the exact GELU (half precision: computed in float32).
+        impl: `auto`, `cpu` or `reference`.
+
+    Returns:
+        `[..., M]` in the dtype of `x`.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: Shapes, dtypes, devices, activation or impl break the rules above, or the
+            weight or bias wants a gradient.
+        RuntimeError: `impl` was asked for by name and can't run here.
+    """
+    check_float("x", x)
+    require(x.dim() >= 1, "x must be [..., K], got a scalar")
+    check_shape("weight", weight, (None, x.shape[-1]))
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+    require(activation in (None, "gelu"), f"activation must be None or gelu, got {activation!r}")
+    mixed = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        require(
+            tensor.device == x.device and (mixed or tensor.dtype == x.dtype),
+            f"{name} must have the dtype and device of x ({x.dtype}, {x.device}), got "
+            f"{tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
+        )
+        require(
+            not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} must not need a gradient; call {name}.requires_grad_(False), or use "
+            "torch.nn.functional.linear for a trained layer",
+        )
+    if choose_impl("frozen_linear", impl, x.device, ("cpu", "reference")) == "reference":
+        return frozen_linear_reference(x, weight, bias, activation)
+    return ops.frozen_linear_fwd(x, weight, bias, activation or "")
+
+
+def packed_bytes() -> int:
+    """Return the bytes of the reordered copies of frozen weights that are alive."""
+    return PACKED.bytes_kept()
