@@ -235,7 +235,7 @@ def _read(file: Path, machine: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all; a folder that can't be written to costs a second a run."""
+    """Write the file whole or not at all; where that fails, every process measures."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
