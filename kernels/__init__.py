@@ -13,6 +13,7 @@ _LAZY = {
     "dilated_attention": "dilated_attn",
     "embed_positions": "position_embed",
     "extract": "extraction",
+    "frozen_ffn": "frozen_feedforward",
     "frozen_linear": "frozen_product",
     "gated_pool": "gated_pooling",
     "inject": "injection",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention
     from modaltune.kernels.dilated_attn.api import dilated_attention as dilated_attention
     from modaltune.kernels.extraction.api import extract as extract
+    from modaltune.kernels.frozen_feedforward.api import frozen_ffn as frozen_ffn
     from modaltune.kernels.frozen_product.api import frozen_linear as frozen_linear
     from modaltune.kernels.frozen_product.api import packed_bytes as packed_bytes
     from modaltune.kernels.frozen_product.api import pin_products as pin_products

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from modaltune.errors import InputError, WeightsError
 from modaltune.reference_import import encoder_rules, to_published
-from modaltune.slide_encoders import longnet
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig, published_segments
+from modaltune.slide_encoders.protocol import SlideTokens
 
 SMALL: dict[str, Any] = {
     "in_features": 3,
@@ -110,17 +110,44 @@ def test_block_ranges_are_inclusive_and_compose() -> None:
     assert not torch.equal(encoder.blocks(tokens, 0, 1).x, step.x)
 
 
-def test_row_blocks_at_inference_change_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def gradient_through(encoder: LongNet, x: Tensor, bounds: Tensor) -> Tensor:
+    tokens = SlideTokens(x.detach().requires_grad_(), bounds)
+    out = encoder.blocks(tokens, 0, 2).x
+    pulled = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+    return torch.autograd.grad(out, tokens.x, pulled)[0]
+
+
+def test_frozen_and_trained_layers_agree_and_only_trained_ones_have_gradients() -> None:
     encoder = small()
     x, px = tiles(13)
     tokens = encoder.embed(x, px, torch.tensor([0, 13]))
-    whole = encoder.blocks(tokens, 0, 2).x
-    monkeypatch.setattr(longnet, "FFN_ROWS", 5)
-    with torch.no_grad():
-        blocked = encoder.blocks(tokens, 0, 2).x
-    torch.testing.assert_close(blocked, whole, rtol=0, atol=1e-12)
+    trained = gradient_through(encoder, tokens.x, tokens.offsets)
+    out = encoder.blocks(tokens, 0, 2).x
+    out.sum().backward()
+    assert all(p.grad is not None for p in encoder.layers.parameters())
+    encoder.requires_grad_(False)
+    assert torch.equal(encoder.blocks(tokens, 0, 2).x, out)
+    frozen = gradient_through(encoder, tokens.x, tokens.offsets)
+    torch.testing.assert_close(frozen, trained, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_layer_keeps_no_wide_activation() -> None:
+    encoder = small(ffn_width=80).requires_grad_(False)
+    own = {p.data_ptr() for p in encoder.parameters()}
+    widths: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own and t.dim() == 2:
+            widths.append(t.shape[1])
+        return t
+
+    x, px = tiles(13)
+    tokens = encoder.embed(x, px, torch.tensor([0, 13]))
+    tokens = tokens.with_x(tokens.x.detach().requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        encoder.blocks(tokens, 0, 0)
+    assert widths
+    assert max(widths) <= 8
 
 
 def test_dropout_and_drop_path_act_in_training_only() -> None:

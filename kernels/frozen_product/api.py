@@ -33,15 +33,16 @@ def frozen_linear(
     weight lives, at most `MODALTUNE_PACKED_MIB` in all; a changed weight is noticed. Elsewhere, and
     in other dtypes, this is torch.
 
-    Differentiable in x alone. The backward pass is `grad W`; it saves nothing of the input. With
-    an activation x is saved (`4 K` bytes a row) and `x W^T` computed again.
+    Differentiable in x alone (the reference: in everything). The backward pass is `grad W`; it
+    saves nothing of the input. With an activation x is saved (`4 K` bytes a row) and `x W^T`
+    computed again.
 
     Args:
         x: `[..., K]`.
         weight: `[M, K]`, in the dtype of `x` (under autocast any floating dtype).
         bias: `[M]` or None.
         activation: None, or `gelu` for the exact GELU (half precision: computed in float32).
-        impl: `auto`, `cpu` or `reference`.
+        impl: `auto`, `cpu` or `reference`, which is plain torch.
 
     Returns:
         `[..., M]` in the dtype of `x`.
@@ -68,9 +69,9 @@ def frozen_linear(
             f"{tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
         )
         require(
-            not (torch.is_grad_enabled() and tensor.requires_grad),
-            f"{name} must not need a gradient; call {name}.requires_grad_(False), or use "
-            "torch.nn.functional.linear for a trained layer",
+            impl == "reference" or not (torch.is_grad_enabled() and tensor.requires_grad),
+            f"{name} must not need a gradient; call {name}.requires_grad_(False), or take "
+            "impl='reference' for a trained layer",
         )
     if choose_impl("frozen_linear", impl, x.device, ("cpu", "reference")) == "reference":
         return frozen_linear_reference(x, weight, bias, activation)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from modaltune.errors import InputError, WeightsError
 from modaltune.kernels import dilated_attention, embed_positions
+from modaltune.kernels.ranges import stage_range
+from modaltune.slide_encoders.frozen_layers import feed_forward, linear
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
-
-FFN_ROWS = 4096  # rows of the wide FFN activation alive at once at inference
 
 
 def published_segments(max_slide_px: int = 262_144, tile_px: int = 256) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ class LongNetLayer(nn.Module):
 
     def attend(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return merged dilated attention `[M, D]` of normed rows, before the inner norm."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.config.heads, -1))
+        qkv = linear(self.qkv, x, impl=self.impl).unflatten(-1, (3, self.config.heads, -1))
         out = dilated_attention(
             qkv[:, 0],
             qkv[:, 1],
@@ -93,25 +93,23 @@ class LongNetLayer(nn.Module):
         )
         return out.flatten(1)
 
+    def _attention(self, tokens: SlideTokens) -> Tensor:
+        attended = self.attend(self.attn_norm(tokens.x), tokens.offsets)
+        return linear(self.out_proj, self.attn_inner_norm(attended), impl=self.impl)
+
     def _ffn(self, x: Tensor) -> Tensor:
-        wide = self.fc1(self.ffn_norm(x))
-        # Published under mixed precision: GELU in float32, cast back.
-        half = wide.dtype in (torch.float16, torch.bfloat16)
-        wide = F.gelu(wide.float()).to(wide.dtype) if half else F.gelu(wide)
-        return self.fc2(self.ffn_inner_norm(wide))
+        return feed_forward(self.ffn_norm, self.fc1, self.ffn_inner_norm, self.fc2, x, self.impl)
 
     def forward(self, tokens: SlideTokens) -> SlideTokens:
         """Run the layer on packed tokens."""
         p = self.config.dropout
-        attended = self.attend(self.attn_norm(tokens.x), tokens.offsets)
-        branch = F.dropout(self.out_proj(self.attn_inner_norm(attended)), p, self.training)
-        x = tokens.x + drop_path(branch, self.drop_path_p, self.training, tokens.offsets)
-        if torch.is_grad_enabled():
-            branch = self._ffn(x)
-        else:
-            branch = torch.cat([self._ffn(rows) for rows in x.split(FFN_ROWS)])
-        branch = F.dropout(branch, p, self.training)
-        return tokens.with_x(x + drop_path(branch, self.drop_path_p, self.training, tokens.offsets))
+        with stage_range("longnet.attention"):
+            branch = F.dropout(self._attention(tokens), p, self.training)
+            x = tokens.x + drop_path(branch, self.drop_path_p, self.training, tokens.offsets)
+        with stage_range("longnet.ffn"):
+            branch = F.dropout(self._ffn(x), p, self.training)
+            x = x + drop_path(branch, self.drop_path_p, self.training, tokens.offsets)
+        return tokens.with_x(x)
 
 
 class LongNet(SlideEncoder):
@@ -160,14 +158,15 @@ class LongNet(SlideEncoder):
 
     def embed(self, tiles: Tensor, positions_px: Tensor, offsets: Tensor) -> SlideTokens:
         """See `SlideEncoder.embed`."""
-        x = embed_positions(
-            self.patch_embed(tiles),
-            self.cells(positions_px),
-            self.cls_token,
-            offsets=offsets,
-            impl=self.impl,
-        )
-        x = F.dropout(x, self.config.dropout, self.training)
+        with stage_range("embed"):
+            x = embed_positions(
+                linear(self.patch_embed, tiles, impl=self.impl),
+                self.cells(positions_px),
+                self.cls_token,
+                offsets=offsets,
+                impl=self.impl,
+            )
+            x = F.dropout(x, self.config.dropout, self.training)
         return SlideTokens(x, offsets + torch.arange(offsets.numel()))
 
     def blocks(self, tokens: SlideTokens, first: int, last: int) -> SlideTokens:

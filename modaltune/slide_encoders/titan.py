@@ -10,7 +10,6 @@ Press, Smith, Lewis, "Train Short, Test Long" (ICLR 2022).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from modaltune.errors import InputError, WeightsError
 from modaltune.kernels import alibi_attention
+from modaltune.slide_encoders.frozen_layers import feed_forward, linear
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
 
@@ -164,7 +164,8 @@ class _AlibiSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: SlideTokens, slopes: Tensor) -> Tensor:
         """Map `[M, D]` to `[M, D]`; layout and cells come from `tokens`."""
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)  # [M, H, d]
+        qkv = linear(self.qkv, x, impl=self.impl).view(x.shape[0], 3, self.heads, -1)
+        q, k, v = qkv.unbind(1)  # [M, H, d]
         if tokens.grid is None:
             raise ValueError("tokens must carry grid cells, got grid=None; make them with embed")
         out = alibi_attention(
@@ -177,7 +178,7 @@ class _AlibiSelfAttention(nn.Module):
             num_prefix=tokens.num_prefix,
             impl=self.impl,
         )
-        return self.proj(out.flatten(1))
+        return linear(self.proj, out.flatten(1), impl=self.impl)
 
 
 class _TitanBlock(nn.Module):
@@ -191,15 +192,14 @@ class _TitanBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=_TRUNK_EPS)
         hidden = int(config.width * config.mlp_ratio)
         fc1, fc2 = nn.Linear(config.width, hidden), nn.Linear(hidden, config.width)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
 
     def forward(self, tokens: SlideTokens, slopes: Tensor) -> SlideTokens:
         """Return the tokens after attention and MLP."""
-        bounds, p = tokens.offsets, self.drop_path_p
-        attended = self.attn(self.norm1(tokens.x), tokens, slopes)
-        x = tokens.x + drop_path(attended, p, self.training, bounds)
-        x = x + drop_path(self.mlp(self.norm2(x)), p, self.training, bounds)
-        return tokens.with_x(x)
+        drop = (self.drop_path_p, self.training, tokens.offsets)
+        x = tokens.x + drop_path(self.attn(self.norm1(tokens.x), tokens, slopes), *drop)
+        branch = feed_forward(self.norm2, self.mlp["fc1"], None, self.mlp["fc2"], x, self.attn.impl)
+        return tokens.with_x(x + drop_path(branch, *drop))
 
 
 class AttentionalPooler(nn.Module):
@@ -236,7 +236,7 @@ class TitanEncoder(SlideEncoder):
         self.config = config
         self.in_features, self.width, self.depth = config.in_features, config.width, config.depth
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.patch_embed = nn.Sequential(nn.Linear(config.in_features, config.width), nn.GELU())
+        self.patch_embed = nn.ModuleList([nn.Linear(config.in_features, config.width)])
         last = max(config.depth - 1, 1)
         self.layers = nn.ModuleList(
             _TitanBlock(config, config.drop_path_rate * i / last) for i in range(config.depth)
@@ -309,7 +309,7 @@ class TitanEncoder(SlideEncoder):
             for case, (a, b) in enumerate(pairwise(offsets.tolist()))
         ]
         counts = [cells.shape[0] for _, cells in laid]
-        embedded = self.patch_embed(torch.cat([f for f, _ in laid]))
+        embedded = linear(self.patch_embed[0], torch.cat([f for f, _ in laid]), activation="gelu")
         cls_token = self.cls_token[0].to(embedded.dtype)
         rows = [part for own in embedded.split(counts) for part in (cls_token, own)]
         grid = [F.pad(cells, (0, 0, self.num_prefix, 0)) for _, cells in laid]
