@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modaltune.kernels.grouped_mlp.reference import AlphaDropout
+from modaltune.kernels.grouped_mlp._dropout import AlphaDropout
 
 _SHARES_PER_THREAD = 4  # a thread that the machine holds up leaves its share to the others
 
