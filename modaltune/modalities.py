@@ -73,7 +73,11 @@ class PathwayNetworks(nn.Module):
         self.impl = "auto"
 
     def forward(self, expression: Tensor, dropout_p: float) -> Tensor:
-        """Return pathway tokens `[B, P, d]` of expression `[B, M]`."""
+        """Return pathway tokens `[B, P, d]` of expression `[B, M]`.
+
+        Dropout is seeded by torch's default generator.
+        """
+        seed = int(torch.randint(2**31, ())) if dropout_p > 0 else None
         return pathway_mlp(
             expression,
             self.gene_index,
@@ -83,6 +87,7 @@ class PathwayNetworks(nn.Module):
             self.bias2,
             offsets=self.offsets.cpu(),
             dropout_p=dropout_p,
+            seed=seed,
             impl=self.impl,
         )
 

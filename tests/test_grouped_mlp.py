@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modaltune.kernels import pathway_mlp
+from modaltune.kernels.grouped_mlp.reference import dropped_units
 from modaltune.testing import (
     check_against_reference,
     normal,
@@ -129,15 +131,23 @@ def test_golden(shared_dir: Path, impl: str) -> None:
     torch.testing.assert_close(out, stored["mid/snn"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cases", [1, 5])
-def test_cpu_loses_no_more_than_the_reference(dtype: torch.dtype, cases: int) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize(
+    ("cases", "width", "p"), [(1, 32, 0.0), (5, 33, 0.25), (64, 30, 0.0), (67, 8, 0.5)]
+)
+def test_cpu_loses_no_more_than_the_reference(
+    dtype: torch.dtype, cases: int, width: int, p: float
+) -> None:
+    """Under dropout too: every path drops the same units."""
     check_against_reference(
-        pathway_mlp,
-        make_inputs(RAGGED, cases=cases, genes=300, width=32),
+        partial(pathway_mlp, seed=11),
+        make_inputs(RAGGED, cases=cases, genes=300, width=width),
         impl="cpu",
         dtype=dtype,
         offsets=pack_offsets(RAGGED),
+        dropout_p=p,
     )
 
 
@@ -151,7 +161,6 @@ def test_alpha_dropout(impl: str, p: float) -> None:
     """
     pathways, width = 64, 128
     shape = (pathways, width)
-    torch.manual_seed(5)
     out = pathway_mlp(
         torch.ones(1, 1, dtype=torch.float64),
         torch.zeros(pathways, dtype=torch.int64),
@@ -161,6 +170,7 @@ def test_alpha_dropout(impl: str, p: float) -> None:
         torch.full(shape, 10.0, dtype=torch.float64),  # keeps the second ELU linear
         offsets=torch.arange(pathways + 1),
         dropout_p=p,
+        seed=5,
         impl=impl,
     )
     a = ((1 - p) * (1 + p * ALPHA_DROPPED**2)) ** -0.5
@@ -175,14 +185,23 @@ def test_alpha_dropout(impl: str, p: float) -> None:
     assert (share - want).abs().max() < 6 * 0.5 / math.sqrt(out.numel())
 
 
-def test_dropout_follows_the_seed() -> None:
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_dropout_follows_the_seed_alone(impl: str) -> None:
     inputs, offsets = make_inputs((3, 2)), pack_offsets((3, 2))
     runs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        runs.append(pathway_mlp(**inputs, offsets=offsets, dropout_p=0.5))
+    for seed in (1, 1, 2, 2**31 - 1):
+        torch.manual_seed(len(runs))
+        runs.append(pathway_mlp(**inputs, offsets=offsets, dropout_p=0.5, seed=seed, impl=impl))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[2], runs[3])
+
+
+def test_cases_pathways_units_and_layers_draw_on_their_own() -> None:
+    first, second = dropped_units(3, 0.5, 4, 6, 32)
+    masks = torch.stack([first, second]).view(2 * 4 * 6, 32)
+    assert len(masks.unique(dim=0)) == len(masks)
+    assert len(masks.unique(dim=1).t()) == 32
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -239,9 +258,21 @@ def _valid() -> dict[str, object]:
         ({"offsets": torch.tensor([0, 9, 9])}, ValueError, r"every pathway at least one gene, got"),
         ({"offsets": torch.tensor([0, 4, 8])}, ValueError, "offsets must rise from 0 to the num"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"dropout_p": 0.5}, ValueError, r"seed must be given where dropout_p is above 0, got Non"),
+        ({"dropout_p": 0.5, "seed": -1}, ValueError, r"seed must lie in 0..2147483647, got -1"),
+        ({"dropout_p": 0.5, "seed": 2**31}, ValueError, r"seed must lie in 0..2147483647, got 21"),
+        (
+            {"bias2": torch.zeros(2, 4)},
+            ValueError,
+            r"bias2 must have the dtype .* got torch.float32, cpu; cast it, or run under",
+        ),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must lie in \[0, 1\), got -0.1"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
-        ({"impl": "triton"}, RuntimeError, "pathway_mlp: impl='triton'"),
+        (
+            {"impl": "triton"},
+            RuntimeError,
+            "pathway_mlp: impl='triton' takes float16, bfloat16 or float32, got torch.float64",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -254,3 +285,17 @@ def test_no_pathways_are_refused() -> None:
     nothing = {n: t if n == "expression" else t[:0] for n, t in nothing.items()}
     with pytest.raises(ValueError, match="offsets must hold at least one pathway"):
         pathway_mlp(**nothing, offsets=torch.tensor([0]))
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    inputs = make_inputs(RAGGED, cases=5, genes=300, width=32, dtype=torch.float32)
+    how = {"offsets": pack_offsets(RAGGED), "dropout_p": 0.25, "impl": "cpu"}
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            runs.append(run_with_gradients(partial(pathway_mlp, seed=1), inputs, **how))
+    finally:
+        torch.set_num_threads(threads)
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
