@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,65 +87,103 @@ def _merge_weight(merge: Tensor, total: Tensor, branches: int) -> Tensor:
     return torch.where(total <= NO_ATTENTION / 2, torch.full_like(weight, 1 / branches), weight)
 
 
-class _DilatedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: list[_Piece],
-        scale: float,
-        branches: int,
-    ) -> Any:
-        total = q.new_full((*q.shape[:2], 1), -math.inf, dtype=_lse_dtype(q))
-        parts = []
-        for piece in plan:
-            out, lse = _attend(piece, q, k, v, scale)
-            merge = _merge_lse(lse)
-            seen = piece.view(total)
-            seen.copy_(torch.logaddexp(seen, merge.to(seen.dtype)))
-            parts.append((out, lse, merge))
-        merged = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for piece, (out, _, merge) in zip(plan, parts, strict=True):
-            weight = _merge_weight(merge, piece.view(total), branches).to(out.dtype)
-            piece.view(merged).addcmul_(out, weight)
-        if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(q, k, v, total, *(t for out, lse, _ in parts for t in (out, lse)))
-            ctx.plan, ctx.scale, ctx.branches = plan, scale, branches
-        return merged
+def parts_shape(
+    rows: int, cases: int, heads: int, dim: int, ratios: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """Return the shape of the branch outputs that the CPU path keeps, from sizes alone.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, total, *parts = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        grad_out = grads[0].contiguous()
-        for i, piece in enumerate(ctx.plan):
-            out, lse = parts[2 * i], parts[2 * i + 1]
-            weight = _merge_weight(_merge_lse(lse), piece.view(total), ctx.branches).to(out.dtype)
-            views = (piece.view(q), piece.view(k), piece.view(v))
-            steps = _flash_backward(
-                piece.view(grad_out) * weight, *views, out, lse, 0.0, False, scale=ctx.scale
-            )
-            for target, step in zip((dq, dk, dv), steps, strict=True):
-                piece.view(target).add_(step)
-        return dq, dk, dv, None, None, None
+    A branch of dilation r visits at most `N // r + cases` rows of a head.
+    """
+    return sum(rows // r + cases for r in ratios), heads, dim
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+class _Parts:
+    """Branch outputs and log-sum-exps, piece after piece in flat memory."""
+
+    def __init__(self, out: Tensor, lse: Tensor, plan: list[_Piece]) -> None:
+        self.out, self.lse, self.plan = out.flatten(), lse.flatten(), plan
+
+    def __iter__(self) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
+        """Yield pieces with output `[s, h, m, d]` and log-sum-exp `[s, h, m]`, as views."""
+        at, dim = 0, self.out.numel() // max(self.lse.numel(), 1)
+        for piece in self.plan:
+            heads = piece.heads.stop - piece.heads.start
+            places = len(range(piece.group, piece.length, piece.ratio))
+            size = piece.segments * heads * places
+            lse = self.lse[at : at + size].view(piece.segments, heads, places)
+            # The layout in which the fused attention returns its output.
+            out = self.out[at * dim : (at + size) * dim].view(piece.segments, places, heads, dim)
+            at += size
+            yield piece, out.transpose(1, 2), lse
 
 
-def dilated_attention_cpu(
+def dilated_attn_cpu_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     offsets: Tensor,
     segment_lengths: tuple[int, ...],
-    dilation_ratios: tuple[int, ...],
+    ratios: tuple[int, ...],
     scale: float,
-) -> Tensor:
-    """Return the merged output `[N, H, d]`; extra memory is about twice that of `q`."""
-    plan = list(_pieces(offsets.tolist(), q.shape[1], segment_lengths, dilation_ratios))
-    return _DilatedAttention.apply(q, k, v, plan, scale, len(dilation_ratios))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the merged output `[N, H, d]`, its log-sum-exp `[H, N]`, and those of the branches.
+
+    The latter two are for the backward pass alone; their shapes are those of `parts_shape`.
+    """
+    bounds = offsets.tolist()
+    rows, heads, dim = q.shape
+    plan = list(_pieces(bounds, heads, segment_lengths, ratios))
+    total = q.new_full((*q.shape[:2], 1), -math.inf, dtype=lse_dtype(q))
+    shape = parts_shape(rows, len(bounds) - 1, heads, dim, ratios)
+    out_parts, lse_parts = q.new_empty(shape), q.new_empty(shape[:2], dtype=lse_dtype(q))
+    parts = _Parts(out_parts, lse_parts, plan)
+    for piece, kept_out, kept_lse in parts:
+        out, lse = _attend(piece, q, k, v, scale)
+        kept_out.copy_(out)
+        kept_lse.copy_(lse)
+        seen = piece.view(total)
+        seen.copy_(torch.logaddexp(seen, _merge_lse(kept_lse)))
+    merged = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for piece, out, lse in parts:
+        weight = _merge_weight(_merge_lse(lse), piece.view(total), len(ratios))
+        piece.view(merged).addcmul_(out, weight.to(out.dtype))
+    return merged, total.squeeze(-1).t().contiguous(), out_parts, lse_parts
+
+
+def dilated_attn_cpu_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    out_parts: Tensor,
+    lse_parts: Tensor,
+    offsets: Tensor,
+    segment_lengths: tuple[int, ...],
+    ratios: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v `[N, H, d]`; the merge weights are constants."""
+    plan = list(_pieces(offsets.tolist(), q.shape[1], segment_lengths, ratios))
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grad_out, total = grad_out.contiguous(), lse.t().unsqueeze(-1)
+    for piece, out, piece_lse in _Parts(out_parts, lse_parts, plan):
+        weight = _merge_weight(_merge_lse(piece_lse), piece.view(total), len(ratios))
+        views = (piece.view(q), piece.view(k), piece.view(v))
+        steps = _flash_backward(
+            piece.view(grad_out) * weight.to(out.dtype),
+            *views,
+            out,
+            piece_lse,
+            0.0,
+            False,
+            scale=scale,
+        )
+        for target, step in zip((dq, dk, dv), steps, strict=True):
+            piece.view(target).add_(step)
+    return dq, dk, dv
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of log-sum-exps: float32, or float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
