@@ -108,6 +108,5 @@ def dilated_attention(
             dilation_ratios=branches[1],
             scale=factor,
         )
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    out: Tensor = ops.dilated_attn_fwd(q, k, v, bounds, *branches, factor, keep, chosen)[0]
+    out: Tensor = ops.dilated_attn_fwd(q, k, v, bounds, *branches, factor, chosen)[0]
     return out

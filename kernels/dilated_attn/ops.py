@@ -1,8 +1,7 @@
 """Operators `modaltune::dilated_attn_fwd` and `modaltune::dilated_attn_bwd`.
 
-The forward one carries the autograd formula, which calls the backward one. Its outputs beyond the
-first are for the backward pass alone: the log-sum-exp of each row and head and, on the CPU path
-with `keep`, outputs and log-sum-exps of the branches.
+The forward one carries the autograd formula, which calls the backward one. Its second output, the
+log-sum-exp of each row and head to base 2, is for the backward pass alone.
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ from torch import Tensor
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
 from modaltune.kernels.dilated_attn.cpu import (
+    accumulation_dtype,
     dilated_attn_cpu_bwd,
     dilated_attn_cpu_fwd,
-    lse_dtype,
-    parts_shape,
 )
 from modaltune.kernels.dilated_attn.reference import branch_shape
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_HEAD_DIM = 128
-
-_Forward = tuple[Tensor, Tensor, Tensor, Tensor]
+_BRANCHES = "Tensor offsets, int[] segment_lengths, int[] dilation_ratios, float scale"
 
 
 def misalignment(
@@ -82,45 +79,23 @@ def _forward(
     segment_lengths: list[int],
     dilation_ratios: list[int],
     scale: float,
-    keep: bool,
     impl: str,
-) -> _Forward:
-    segments, ratios = tuple(segment_lengths), tuple(dilation_ratios)
-    bounds = _checked_bounds(impl, q, offsets, segments, ratios)
+) -> tuple[Tensor, Tensor]:
+    branches = (tuple(segment_lengths), tuple(dilation_ratios))
+    bounds = _checked_bounds(impl, q, offsets, *branches)
     if impl == "cpu":
-        out, lse, *parts = dilated_attn_cpu_fwd(q, k, v, offsets, segments, ratios, scale)
-        if keep:
-            return out, lse, parts[0], parts[1]
-    else:
-        from modaltune.kernels.dilated_attn.triton_kernels import Call, launch_dilated_attn_fwd
+        return dilated_attn_cpu_fwd(q, k, v, offsets, branches, scale)
+    from modaltune.kernels.dilated_attn.triton_kernels import Call, launch_dilated_attn_fwd
 
-        call = Call(tuple(bounds), segments, ratios, scale)
-        with torch.cuda.device_of(q):
-            out, lse = launch_dilated_attn_fwd(q, k, v, call)
-    return out, lse, q.new_empty(0), lse.new_empty(0)
+    with torch.cuda.device_of(q):
+        return launch_dilated_attn_fwd(q, k, v, Call(tuple(bounds), *branches, scale))
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    segment_lengths: list[int],
-    dilation_ratios: list[int],
-    scale: float,
-    keep: bool,
-    impl: str,
-) -> _Forward:
-    rows, heads, dim = q.shape
-    exact = lse_dtype(q)
-    shape: tuple[int, ...] = (0,)
-    if keep and impl == "cpu":
-        shape = parts_shape(rows, offsets.shape[0] - 1, heads, dim, tuple(dilation_ratios))
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, heads, _ = q.shape
     return (
-        q.new_empty(rows, heads, dim),
-        q.new_empty(heads, rows, dtype=exact),
-        q.new_empty(shape),
-        q.new_empty(shape[:2], dtype=exact),
+        q.new_empty(q.shape),
+        q.new_empty(heads, rows, dtype=accumulation_dtype(q.dtype)),
     )
 
 
@@ -130,8 +105,6 @@ def _backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    out_parts: Tensor,
-    lse_parts: Tensor,
     offsets: Tensor,
     segment_lengths: list[int],
     dilation_ratios: list[int],
@@ -139,76 +112,55 @@ def _backward(
     needs: list[bool],
     impl: str,
 ) -> list[Tensor]:
-    segments, ratios = tuple(segment_lengths), tuple(dilation_ratios)
-    bounds = _checked_bounds(impl, q, offsets, segments, ratios)
-    grads: tuple[Tensor | None, ...]
+    branches = (tuple(segment_lengths), tuple(dilation_ratios))
+    bounds = _checked_bounds(impl, q, offsets, *branches)
     if impl == "cpu":
-        grads = dilated_attn_cpu_bwd(
-            grad_out, q, k, v, lse, out_parts, lse_parts, offsets, segments, ratios, scale
-        )
-    else:
-        from modaltune.kernels.dilated_attn.triton_kernels import Call, launch_dilated_attn_bwd
+        # A gradient taken inside an autocast region would have its products rounded.
+        with torch.autocast("cpu", enabled=False):
+            return dilated_attn_cpu_bwd(grad_out, q, k, v, lse, offsets, branches, scale, needs)
+    from modaltune.kernels.dilated_attn.triton_kernels import Call, launch_dilated_attn_bwd
 
-        call = Call(tuple(bounds), segments, ratios, scale)
-        with torch.cuda.device_of(q):
-            grads = launch_dilated_attn_bwd(
-                grad_out, q, k, v, lse, call, only_queries=not (needs[1] or needs[2])
-            )
-    return [g for g, need in zip(grads, needs, strict=True) if need and g is not None]
+    with torch.cuda.device_of(q):
+        return launch_dilated_attn_bwd(
+            grad_out, q, k, v, lse, Call(tuple(bounds), *branches, scale), needs
+        )
 
 
 def _backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    out_parts: Tensor,
-    lse_parts: Tensor,
-    offsets: Tensor,
-    segment_lengths: list[int],
-    dilation_ratios: list[int],
-    scale: float,
-    needs: list[bool],
-    impl: str,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *rest: Any
 ) -> list[Tensor]:
-    return [
-        t.new_empty(t.shape, dtype=t.dtype)
-        for t, need in zip((q, k, v), needs, strict=True)
-        if need
-    ]
+    needs = rest[-2]
+    return [q.new_empty(q.shape) for need in needs if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Forward) -> None:
-    q, k, v, offsets, *ctx.options, _, ctx.impl = inputs
-    _, *for_backward = output
-    ctx.mark_non_differentiable(*for_backward)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, offsets, *ctx.options, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *for_backward, offsets)
+    ctx.save_for_backward(q, k, v, output[1], offsets)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     if grad_out is None:
-        return (None,) * 9
+        return (None,) * 8
     grads = iter(
         torch.ops.modaltune.dilated_attn_bwd(
             grad_out, *ctx.saved_tensors, *ctx.options, needs, ctx.impl
         )
     )
-    return (*(next(grads) if need else None for need in needs), *(None,) * 6)
+    return (*(next(grads) if need else None for need in needs), *(None,) * 5)
 
 
-_BRANCHES = "Tensor offsets, int[] segment_lengths, int[] dilation_ratios, float scale"
 define(
-    f"dilated_attn_fwd(Tensor q, Tensor k, Tensor v, {_BRANCHES}, bool keep, str impl) "
-    "-> (Tensor out, Tensor lse, Tensor out_parts, Tensor lse_parts)",
+    f"dilated_attn_fwd(Tensor q, Tensor k, Tensor v, {_BRANCHES}, str impl) "
+    "-> (Tensor out, Tensor lse)",
     _forward,
     _forward_fake,
 )
 define(
-    "dilated_attn_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor out_parts, "
-    f"Tensor lse_parts, {_BRANCHES}, bool[] needs, str impl) -> Tensor[]",
+    "dilated_attn_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, "
+    f"{_BRANCHES}, bool[] needs, str impl) -> Tensor[]",
     _backward,
     _backward_fake,
 )
