@@ -36,6 +36,14 @@ def visits(head: int, heads: int, residue: int, ratios: tuple[int, ...]) -> tupl
     return tuple(residue % r == head // math.ceil(heads / r) for r in ratios)
 
 
+def _any_visits(
+    head: int, heads: int, residues: list[int], ratios: tuple[int, ...]
+) -> tuple[bool, ...]:
+    """Return which branches visit rows of any of some residues."""
+    seen = [visits(head, heads, residue, ratios) for residue in residues]
+    return tuple(any(of_branch) for of_branch in zip(*seen, strict=True))
+
+
 @lru_cache(maxsize=64)
 def residue_classes(
     heads: int,
@@ -67,9 +75,6 @@ def residue_classes(
             alike += [members[i : i + residues] for i in range(0, whole, residues)]
             rest += members[whole:]
         classes = alike + [rest[i : i + residues] for i in range(0, len(rest), residues)]
-        classes.sort(
-            key=lambda c: work(tuple(map(any, zip(*(visits(head, heads, i, ratios) for i in c))))),
-            reverse=True,
-        )
+        classes.sort(key=lambda c: work(_any_visits(head, heads, c, ratios)), reverse=True)
         found.append([c + [-1] * (residues - len(c)) for c in classes])
     return found

@@ -3,7 +3,7 @@
     s_ij = scale log2(e) q_i . k_j       Z_i = sum_b (sum_{j in b(i)} 2^s_ij + pad_b(i))
     o_i = sum_b sum_{j in b(i)} 2^s_ij v_j / Z_i
 
-b(i): keys of row i's segment in branch b; pad_b(i): zero keys that the published form appends to it.
+b(i): keys of row i's segment in branch b; pad_b(i): zero keys that the published form appends.
 The published merge by log-sum-exp is this same sum, so branches add up in one accumulator: no
 padding, gather, scatter or output of a branch exists. No maximum is subtracted where norms bound
 the scores; otherwise the accumulators follow the largest score of their row.
@@ -21,106 +21,21 @@ AMD processor, and exp2, which is four times as fast as exp there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modaltune.kernels.dilated_attn.reference import branch_shape
+from modaltune.kernels.dilated_attn._pieces import Branches, Piece, blocks, chunks, tasks
+from modaltune.kernels.dilated_attn._threads import run_tasks
 
-# Scores of a block: 4 MB in float32, so that what follows a product finds them in the caches.
-BLOCK_SCORES = 2**20
-# Attention of fewer scores goes through batched products: a call costs more than its arithmetic.
-_SMALL_SCORES = 2**14
 # Largest |score|, to base 2, without a shift: sums and gradients then keep clear of float32's ends.
 _SAFE_SCORE = 64.0
 # Below every score, but finite: the difference of two of them is zero, not NaN.
 _LOWEST = -1e30
 _LOG2E = 1 / math.log(2)
-
-_Branches = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Equal segments of one branch and head group: rows `start + group :: ratio`, some heads."""
-
-    start: int  # first row of the first segment, in its sequence
-    segments: int
-    length: int  # rows of one segment that exist
-    ratio: int
-    group: int
-    heads: slice
-    pads: int  # zero keys that the published form appends to each segment
-
-    @property
-    def places(self) -> int:
-        """Rows of a segment that take part."""
-        return len(range(self.group, self.length, self.ratio))
-
-    @property
-    def is_lone(self) -> bool:
-        """Whether the published softmax has a single key."""
-        return self.places + self.pads == 1
-
-    def view(self, t: Tensor) -> Tensor:
-        """Return the rows of this piece of `[L, H, d]` as a view `[segments, heads, places, d]`."""
-        rows = t[self.start : self.start + self.segments * self.length, self.heads]
-        rows = rows.unflatten(0, (self.segments, self.length))
-        return rows[:, self.group :: self.ratio].transpose(1, 2)
-
-
-def _pieces(length: int, heads: int, branches: _Branches) -> Iterator[_Piece]:
-    """Yield the pieces of a sequence; its last segment may be shorter than the others."""
-    for segment, ratio in zip(*branches, strict=True):
-        w, n, m = branch_shape(length, segment, ratio)
-        runs = [(0, n - 1, w)] if n > 1 else []
-        runs.append(((n - 1) * w, 1, length - (n - 1) * w))
-        per_group = math.ceil(heads / ratio)
-        for group in range(math.ceil(heads / per_group)):
-            kept = slice(group * per_group, min((group + 1) * per_group, heads))
-            for first, count, rows in runs:
-                real = len(range(group, rows, ratio))
-                if real:
-                    yield _Piece(first, count, rows, ratio, group, kept, m - real)
-
-
-class _Chunk:
-    """Attention problems of a piece that are worked on together: its view's segments and heads."""
-
-    def __init__(self, piece: _Piece, segments: slice, heads: slice) -> None:
-        self.piece, self.at = piece, (segments, heads)
-
-    def view(self, t: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Return `[s, h, rows, d]` of `[L, H, d]`, as a view."""
-        return self.piece.view(t)[(*self.at, rows)]
-
-    def take(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `[problems, places, d]` of `[L, H, d]`: a contiguous copy, free to be changed."""
-        rows = self.view(t)
-        return torch.empty(rows.shape, dtype=dtype).copy_(rows).flatten(0, 1)
-
-
-def _chunks(piece: _Piece) -> Iterator[_Chunk]:
-    """Cut a piece: one problem at a time where it is large, many small ones at once."""
-    count = piece.heads.stop - piece.heads.start
-    if piece.places**2 > _SMALL_SCORES:
-        for segment in range(piece.segments):
-            for head in range(count):
-                yield _Chunk(piece, slice(segment, segment + 1), slice(head, head + 1))
-        return
-    step = max(BLOCK_SCORES // (count * piece.places**2), 1)
-    for first in range(0, piece.segments, step):
-        yield _Chunk(piece, slice(first, first + step), slice(None))
-
-
-def _blocks(problems: int, places: int) -> Iterator[slice]:
-    """Cut the query rows of a chunk so that their scores are about BLOCK_SCORES."""
-    step = max(BLOCK_SCORES // (problems * places), 16)
-    for first in range(0, places, step):
-        yield slice(first, min(first + step, places))
 
 
 def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -153,9 +68,14 @@ def _is_safe(q: Tensor, k: Tensor, scale_log2: float) -> bool:
     return float((longest[0] * longest[1]).amax()) * abs(scale_log2) <= _SAFE_SCORE
 
 
+def _copied(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `[s, h, places, d]` as `[s * h, places, d]`: a contiguous copy, free to be changed."""
+    return torch.empty(t.shape, dtype=dtype).copy_(t).flatten(0, 1)
+
+
 @dataclass
 class _Sums:
-    """Accumulators of a sequence: weights times values `[L, H, d]`, weights `[L, H, 1]`.
+    """Accumulators, as views `[s, h, places, .]`: weights times values, and weights.
 
     `top` is the largest score of each row so far, which both are relative to; None for 0.
     """
@@ -164,11 +84,13 @@ class _Sums:
     total: Tensor
     top: Tensor | None
 
-    def add(self, chunk: _Chunk, rows: slice, acc: Tensor, total: Tensor, top: Tensor) -> None:
-        """Add a block's share `[s, h, rows, .]`, which is relative to its own `top`."""
-        our_acc, our_total = chunk.view(self.acc, rows), chunk.view(self.total, rows)
-        if self.top is not None:
-            before = chunk.view(self.top, rows)
+    def add(self, rows: slice, acc: Tensor, total: Tensor, top: Tensor | None) -> None:
+        """Add what some rows get, relative to its own `top`; the shapes need not be split."""
+        our_acc, our_total = self.acc[:, :, rows], self.total[:, :, rows]
+        acc, total = acc.view(our_acc.shape), total.view(our_total.shape)
+        if self.top is not None and top is not None:
+            before = self.top[:, :, rows]
+            top = top.view(before.shape)
             after = torch.maximum(before, top)
             shrink, factor = torch.exp2(before - after), torch.exp2(top - after)
             our_acc.mul_(shrink)
@@ -179,15 +101,16 @@ class _Sums:
         our_total.add_(total)
 
 
-def _attend(chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float, sums: _Sums) -> None:
-    """Add the attention of a chunk to the accumulators; `scale` is that of scores to base 2."""
-    exact, pads = sums.acc.dtype, chunk.piece.pads
-    queries, keys, values = (chunk.take(t, exact) for t in (q, k, v))  # [n, places, d]
+def _attend(pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
+    """Add attention to the accumulators; q, k, v are views `[s, h, places, d]`.
+
+    `scale` is that of scores to base 2.
+    """
+    queries, keys, values = (_copied(t, sums.acc.dtype) for t in (q, k, v))  # [n, places, d]
     queries.mul_(scale)
-    at = chunk.view(sums.total).shape[:2]
-    for rows in _blocks(*keys.shape[:2]):
+    for rows in blocks(*keys.shape[:2]):
         weights = _product(queries[:, rows], keys)  # [n, rows, places]
-        top = weights.new_zeros(*weights.shape[:2], 1)
+        top = None
         if sums.top is not None:
             top = weights.amax(-1, keepdim=True)
             top = top.clamp_(min=0.0) if pads else top
@@ -195,27 +118,23 @@ def _attend(chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float, sums: 
         weights.exp2_()
         total = weights.sum(-1, keepdim=True)
         if pads:
-            total += pads * torch.exp2(-top)
-        acc = _product(weights, values.transpose(1, 2))
-        sums.add(chunk, rows, *(t.unflatten(0, at) for t in (acc, total, top)))
+            total += pads if top is None else pads * torch.exp2(-top)
+        sums.add(rows, _product(weights, values.transpose(1, 2)), total, top)
 
 
-def _attend_alone(
-    chunk: _Chunk, q: Tensor, k: Tensor, v: Tensor, scale: float, sums: _Sums
-) -> None:
+def _attend_alone(scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
     """Add rows whose softmax has one key; a score of 0 counts as no attention, as published."""
     exact = sums.acc.dtype
-    queries, keys, values = (chunk.view(t).to(exact) for t in (q, k, v))
-    top = (queries * keys).sum(-1, keepdim=True) * scale  # [s, h, 1, 1]
-    weight = (top != 0.0).to(exact)
+    score = (q.to(exact) * k.to(exact)).sum(-1, keepdim=True) * scale  # [s, h, 1, 1]
+    weight, top = (score != 0.0).to(exact), None
     if sums.top is None:
-        weight *= torch.exp2(top)
+        weight *= torch.exp2(score)
     else:
-        top = torch.where(top == 0.0, _LOWEST, top)
-    sums.add(chunk, slice(None), values * weight, weight, top)
+        top = torch.where(score == 0.0, _LOWEST, score)
+    sums.add(slice(None), v.to(exact) * weight, weight, top)
 
 
-def _visits(like: Tensor, pieces: list[_Piece]) -> Tensor:
+def _visits(like: Tensor, pieces: list[Piece]) -> Tensor:
     """Return how many branches visit each row and head, as `[L, H, 1]`."""
     found = torch.zeros_like(like)
     for piece in pieces:
@@ -224,26 +143,36 @@ def _visits(like: Tensor, pieces: list[_Piece]) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, branches: _Branches, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pieces: list[Piece],
+    branches: int,
+    scale: float,
 ) -> None:
-    """Fill out `[L, H, d]` and lse `[L, H, 1]`, to base 2, of one sequence."""
+    """Fill out `[L, h, d]` and lse `[L, h, 1]`, to base 2, of some heads of a sequence."""
     exact = lse.dtype
-    pieces = list(_pieces(q.shape[0], q.shape[1], branches))
     acc = out.zero_() if out.dtype == exact else torch.zeros(out.shape, dtype=exact)
-    is_safe = _is_safe(q, k, scale)
-    sums = _Sums(acc, torch.zeros_like(lse), None if is_safe else torch.full_like(lse, _LOWEST))
+    total = torch.zeros_like(lse)
+    top = None if _is_safe(q, k, scale) else torch.full_like(lse, _LOWEST)
     for piece in pieces:
-        attend = _attend_alone if piece.is_lone else _attend
-        for chunk in _chunks(piece):
-            attend(chunk, q, k, v, scale, sums)
-    lse.copy_(sums.total.log2())
-    if sums.top is not None:
-        lse.add_(sums.top)
-    acc.div_(sums.total)
-    is_bare = sums.total == 0.0
+        views = [None if t is None else piece.view(t) for t in (q, k, v, acc, total, top)]
+        for at in chunks(piece):
+            *qkv, here, sums, tops = (None if t is None else t[at] for t in views)
+            if piece.is_lone:
+                _attend_alone(scale, *qkv, _Sums(here, sums, tops))
+            else:
+                _attend(piece.pads, scale, *qkv, _Sums(here, sums, tops))
+    lse.copy_(total.log2())
+    if top is not None:
+        lse.add_(top)
+    acc.div_(total)
+    is_bare = total == 0.0
     if bool(is_bare.any()):
         # No branch has attention here: they weigh alike, those that skip the row included.
-        share = _visits(lse, pieces) / len(branches[0])
+        share = _visits(lse, pieces) / branches
         acc.copy_(torch.where(is_bare, v * share, acc))
     if acc is not out:
         out.copy_(acc)
@@ -254,7 +183,7 @@ def dilated_attn_cpu_fwd(
     k: Tensor,
     v: Tensor,
     offsets: Tensor,
-    branches: _Branches,
+    branches: Branches,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the merged output `[N, H, d]` and its log-sum-exp `[H, N]`, to base 2.
@@ -263,49 +192,49 @@ def dilated_attn_cpu_fwd(
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
-    rows_lse = lse.t().unsqueeze(-1)  # [N, H, 1]
-    for start, end in pairwise(offsets.tolist()):
-        if start < end:
-            one = (t[start:end] for t in (q, k, v, out, rows_lse))
-            _forward(*one, branches, scale * _LOG2E)
+    tensors = (q, k, v, out, lse.t().unsqueeze(-1))
+    count = len(branches[0])
+    run_tasks(
+        [
+            partial(_forward, *(t[at] for t in tensors), pieces, count, scale * _LOG2E)
+            for at, pieces in tasks(offsets, q.shape[1], branches)
+        ]
+    )
     return out, lse
 
 
 @dataclass
 class _Grads:
-    """Gradients of a sequence `[L, H, d]` each, added up piece by piece; None: not wanted."""
+    """Gradients that are added up, as views `[s, h, places, d]`; None where not wanted."""
 
     q: Tensor | None
     k: Tensor | None
     v: Tensor | None
 
 
+def _transposed(t: Tensor) -> Tensor:
+    """Return `[n, d, places]` as a contiguous `[n, places, d]`."""
+    # torch copies a transposed matrix block by block, but a batch of them number by number.
+    return t[0].t().contiguous().unsqueeze(0) if t.shape[0] == 1 else t.transpose(1, 2).contiguous()
+
+
 def _pull_back(
-    chunk: _Chunk,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse: Tensor,
-    scale: float,
-    is_safe: bool,
-    grads: _Grads,
+    pads: int, scale: float, is_safe: bool, inputs: list[Tensor], lse: Tensor, grads: _Grads
 ) -> None:
-    """Add a chunk's part of the gradients. `inputs`: q, k, v and the gradient of the output.
+    """Add to the gradients. `inputs`: views of q, k, v and the gradient of the output.
 
     Weights are 2^(s - c) and the gradient is multiplied by 2^(c - lse), c = 0 where scores are
     safe: the same products without a pass over the weights.
     """
-    exact, pads = lse.dtype, chunk.piece.pads
-    queries, keys, values, pulled = (chunk.take(t, exact) for t in inputs)  # [n, places, d]
-    lse_rows = chunk.take(lse, exact)  # [n, places, 1]
-    shift = torch.zeros_like(lse_rows) if is_safe else lse_rows
+    queries, keys, values, pulled, lse_rows = (_copied(t, lse.dtype) for t in (*inputs, lse))
+    shift = torch.zeros_like(lse_rows) if is_safe else lse_rows  # [n, places, 1]
     queries.mul_(scale * _LOG2E)
     pulled.mul_(torch.exp2(shift - lse_rows))
-    dk, dv = (torch.zeros_like(t).transpose(1, 2).contiguous() for t in (keys, values))
-    at = chunk.view(lse).shape[:2]
-    for rows in _blocks(*keys.shape[:2]):
+    count, places, dim = keys.shape
+    dk, dv = (torch.zeros(count, dim, places, dtype=lse.dtype) for _ in range(2))
+    for rows in blocks(count, places):
         weights = _product(queries[:, rows], keys)  # [n, rows, places]
-        if not is_safe:
-            weights.sub_(shift[:, rows])
-        weights.exp2_()
+        weights = (weights if is_safe else weights.sub_(shift[:, rows])).exp2_()
         if grads.v is not None:
             dv += _product(pulled[:, rows].transpose(1, 2), weights.transpose(1, 2))
         if grads.q is None and grads.k is None:
@@ -317,36 +246,53 @@ def _pull_back(
         delta = slopes.sum(-1, keepdim=True) / alpha.masked_fill_(alpha == 0.0, 1.0)
         slopes.addcmul_(weights, delta, value=-1.0)
         if grads.q is not None:
-            step = _product(slopes, keys.transpose(1, 2)).mul_(scale)
-            chunk.view(grads.q, rows).add_(step.unflatten(0, at))
+            target = grads.q[:, :, rows]
+            step = _product(slopes, keys.transpose(1, 2))
+            target.add_(step.view(target.shape), alpha=scale)
         if grads.k is not None:
             dk += _product(queries[:, rows].transpose(1, 2), slopes.transpose(1, 2))
     if grads.k is not None:
-        # The factor of the queries goes: they were multiplied by log2(e), too.
-        chunk.view(grads.k).add_(dk.mul_(1 / _LOG2E).transpose(1, 2).unflatten(0, at))
+        # The queries were multiplied by scale * log2(e).
+        grads.k.add_(_transposed(dk).view(grads.k.shape), alpha=1 / _LOG2E)
     if grads.v is not None:
-        chunk.view(grads.v).add_(dv.transpose(1, 2).unflatten(0, at))
+        grads.v.add_(_transposed(dv).view(grads.v.shape))
 
 
 def _pull_back_alone(
-    chunk: _Chunk,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse: Tensor,
-    scale: float,
-    share: float,
-    grads: _Grads,
+    scale: float, bare_weight: float, inputs: list[Tensor], lse: Tensor, grads: _Grads
 ) -> None:
-    """Add the gradients of rows whose softmax has one key: of v alone, as it has no slope.
+    """Add the gradient of v from rows whose softmax has one key; it has no slope for q and k.
 
-    `share`: weight of a branch where no branch has attention.
+    `bare_weight`: weight of a branch where no branch has attention.
     """
     if grads.v is None:
         return
-    queries, keys, _, pulled = (chunk.view(t).to(lse.dtype) for t in inputs)
-    score, lse_rows = (queries * keys).sum(-1, keepdim=True), chunk.view(lse)
-    weight = torch.exp2(score * (scale * _LOG2E) - lse_rows)
-    weight = torch.where(score == 0.0, torch.where(lse_rows == -math.inf, share, 0.0), weight)
-    chunk.view(grads.v).add_(pulled * weight)
+    q, k, _, pulled = (t.to(lse.dtype) for t in inputs)
+    score = (q * k).sum(-1, keepdim=True)
+    weight = torch.exp2(score * (scale * _LOG2E) - lse)
+    weight = torch.where(score == 0.0, torch.where(lse == -math.inf, bare_weight, 0.0), weight)
+    grads.v.add_(pulled * weight)
+
+
+def _backward(
+    inputs: list[Tensor],
+    lse: Tensor,
+    grads: list[Tensor | None],
+    pieces: list[Piece],
+    branches: int,
+    scale: float,
+) -> None:
+    """Fill the gradients of some heads of a sequence, which are zero."""
+    is_safe = _is_safe(inputs[0], inputs[1], scale * _LOG2E)
+    for piece in pieces:
+        views = [None if t is None else piece.view(t) for t in (*inputs, lse, *grads)]
+        for at in chunks(piece):
+            *given, lse_here, dq, dk, dv = (None if t is None else t[at] for t in views)
+            wanted = _Grads(dq, dk, dv)
+            if piece.is_lone:
+                _pull_back_alone(scale, 1 / branches, given, lse_here, wanted)
+            else:
+                _pull_back(piece.pads, scale, is_safe, given, lse_here, wanted)
 
 
 def dilated_attn_cpu_bwd(
@@ -356,25 +302,17 @@ def dilated_attn_cpu_bwd(
     v: Tensor,
     lse: Tensor,
     offsets: Tensor,
-    branches: _Branches,
+    branches: Branches,
     scale: float,
     needs: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of those of q, k and v that `needs` names, `[N, H, d]`."""
     found = [torch.zeros(q.shape, dtype=lse.dtype) if need else None for need in needs]
-    rows_lse = lse.t().unsqueeze(-1)  # [N, H, 1]
-    share = 1 / len(branches[0])
-    for start, end in pairwise(offsets.tolist()):
-        if start == end:
-            continue
-        one = slice(start, end)
-        inputs = (q[one], k[one], v[one], grad_out[one])
-        grads = _Grads(*(None if t is None else t[one] for t in found))
-        is_safe = _is_safe(q[one], k[one], scale * _LOG2E)
-        for piece in _pieces(end - start, q.shape[1], branches):
-            for chunk in _chunks(piece):
-                if piece.is_lone:
-                    _pull_back_alone(chunk, inputs, rows_lse[one], scale, share, grads)
-                else:
-                    _pull_back(chunk, inputs, rows_lse[one], scale, is_safe, grads)
+    inputs, rows_lse = (q, k, v, grad_out), lse.t().unsqueeze(-1)
+    work = []
+    for at, pieces in tasks(offsets, q.shape[1], branches):
+        grads = [None if t is None else t[at] for t in found]
+        here = [t[at] for t in inputs]
+        work.append(partial(_backward, here, rows_lse[at], grads, pieces, len(branches[0]), scale))
+    run_tasks(work)
     return [t.to(q.dtype) for t in found if t is not None]

@@ -106,7 +106,7 @@ def load_part(rows_ptr, keep, FROM: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM:
 @triton.jit
 def load_rows(rows_ptr, keep, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
               UPCAST: tl.constexpr):  # fmt: skip
-    """Rows of a head as (main [R, MAIN], tail [R, TAIL]); zero where not `keep` and past the head."""
+    """Rows of a head as (main [R, MAIN], tail [R, TAIL]); zero where not `keep`, and past it."""
     main = load_part(rows_ptr, keep, 0, MAIN, HEAD_DIM, UPCAST)
     tail = main
     if TAIL:

@@ -5,7 +5,7 @@ The kernels stand in triton_forward.py and triton_backward.py, with their formul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -222,12 +222,12 @@ def launch_dilated_attn_bwd(
     v: Tensor,
     lse: Tensor,
     call: Call,
+    needs: Sequence[bool],
     *,
-    only_queries: bool = False,
-    grads: tuple[Tensor, ...] | None = None,
+    grads: Sequence[Tensor] | None = None,
     delta: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of q, k and v `[N, H, d]`.
+) -> list[Tensor]:
+    """Return the gradients of those of q, k and v that `needs` names, `[N, H, d]`.
 
     A few heads at a time go through both kernels, so that the second finds in L2 what the first
     has read.
@@ -239,22 +239,22 @@ def launch_dilated_attn_bwd(
         v: `[N, H, d]`.
         lse: `[H, N]` float32, contiguous, to base 2.
         call: Layout, branches and scale of the forward pass.
-        only_queries: Whether to leave out the gradients of k and v, which are then None.
-        grads: Contiguous memory for the gradients. Default: new memory.
+        needs: Whether q, k and v need a gradient. Without k and v, their kernel is not run.
+        grads: Contiguous memory for all three. Default: new memory.
         delta: `[branches, H, N]` float32 of working memory. Default: new memory.
     """
     q, scale = _positive(q, call.scale)
     grad_out, q, k, v = (_dense_columns(t) for t in (grad_out, q, k, v))
     rows, heads, width = q.shape
-    count = 1 if only_queries else 3
-    grads = grads or tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device)
-                           for _ in range(count))  # fmt: skip
-    dq = grads[0]
+    only_queries = not (needs[1] or needs[2])
+    if grads is None:
+        count = 1 if only_queries else 3
+        grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(count)]
+    wanted = [grad for grad, need in zip(grads, needs, strict=False) if need]
+    if q.numel() == 0:
+        return wanted
     if delta is None:
         delta = lse.new_empty(len(call.ratios), heads, rows)
-    if q.numel() == 0:
-        return *grads, *(None,) * (3 - count)
-    together = heads_in_l2(rows, width, 4, q.element_size(), _l2_bytes(q.device))
     shared = {
         "grad_out_ptr": grad_out,
         "q_ptr": q,
@@ -262,19 +262,20 @@ def launch_dilated_attn_bwd(
         "v_ptr": v,
         "lse_ptr": lse,
         "delta_ptr": delta,
-        **_strides(g=grad_out, q=q, k=k, v=v, d=dq),
+        **_strides(g=grad_out, q=q, k=k, v=v, d=grads[0]),
         "scale": abs(call.scale),
         "scale_log2": scale * LOG2E,
         "SHIFT": _FP16_SHIFT if q.dtype == torch.float16 else 0,
     }
+    together = heads_in_l2(rows, width, 4, q.element_size(), _l2_bytes(q.device))
     for first in range(0, heads, together):
         here = min(together, heads - first)
-        _launch_dq(shared, q, call, dq, first, here)
+        _launch_dq(shared, q, call, grads[0], first, here)
         if not only_queries:
             _launch_dkdv(shared, q, call, grads[1], grads[2], first, here)
     if call.scale < 0:
-        dq.neg_()
-    return *grads, *(None,) * (3 - count)
+        grads[0].neg_()
+    return wanted
 
 
 def _launch_dq(
