@@ -70,10 +70,10 @@ def _widths(head_dim: int) -> dict[str, int]:
 
 
 def _variant(kernel: str, dtype: str, head_dim: int) -> str:
-    """Name of a kernel's configuration: by head width in half precision, and float32."""
+    """Name of a kernel's configuration, by head width; float32 has registers to spare but in dq."""
     if dtype == "fp32":
-        return kernel + (":fp32" if head_dim <= 48 else ":fp32:wide")
-    return kernel + ("" if head_dim <= 48 else ":64" if head_dim <= 64 else ":wide")
+        return kernel + (":fp32:wide" if head_dim > 64 and "bwd_dq" in kernel else ":fp32")
+    return kernel + (":wide" if head_dim > 48 else "")
 
 
 def _precision(dtype: str) -> str:
@@ -331,9 +331,6 @@ _KERNELS = (
     "dilated_attn_bwd_dq_kernel",
     "dilated_attn_bwd_dkdv_kernel",
 )
-# Published heads in every dtype, and the widest heads of the other configurations.
-_SPEC_WIDTHS = (("fp16", 48), ("bf16", 48), ("fp32", 48), ("bf16", 64), ("bf16", 128),
-                ("fp32", 128))  # fmt: skip
 _PUBLISHED = (1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16)
 
 
@@ -366,11 +363,14 @@ def _spec(kernel: str, capability: int, dtype: str, head_dim: int) -> CompileSpe
 
 
 def compile_specs(capability: int) -> list[CompileSpec]:
-    """Return every kernel and dtype as shipped for a compute capability such as 90."""
+    """Return every configuration as shipped for a compute capability such as 90.
 
-    def all_specs() -> Iterator[CompileSpec]:
-        for kernel in _KERNELS:
-            for dtype, head_dim in _SPEC_WIDTHS:
-                yield _spec(kernel, capability, dtype, head_dim)
-
-    return list(all_specs())
+    Each with the widest heads that it is for. Float16 compiles to what bfloat16 does. Float32, the
+    same configuration and no tensor cores everywhere, is compiled for the ends: the oldest
+    capability and the one with least shared memory.
+    """
+    cases = [(kernel, "bf16", width) for width in (48, 128) for kernel in _KERNELS]
+    if capability in (80, 120):
+        cases += [(kernel, "fp32", 128) for kernel in _KERNELS]
+        cases.append(("dilated_attn_bwd_dq_kernel", "fp32", 64))
+    return [_spec(kernel, capability, dtype, width) for kernel, dtype, width in cases]
