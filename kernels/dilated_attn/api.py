@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
 from modaltune.kernels._dispatch import choose_impl
-from modaltune.kernels.dilated_attn.cpu import dilated_attention_cpu
-from modaltune.kernels.dilated_attn.reference import branch_shape, dilated_attention_reference
+from modaltune.kernels.dilated_attn import ops
+from modaltune.kernels.dilated_attn.ops import misalignment as misalignment
+from modaltune.kernels.dilated_attn.reference import dilated_attention_reference
+
+logger = logging.getLogger(__name__)
 
 
-def misalignment(
-    lengths: list[int], segment_lengths: tuple[int, ...], dilation_ratios: tuple[int, ...]
-) -> str | None:
-    """Say which segment breaks the in-place form, or return None when every path is exact.
+def _choose(
+    q: Tensor, offsets: Tensor, segments: tuple[int, ...], ratios: tuple[int, ...], impl: str
+) -> str:
+    """Return the implementation to run, with the reason where the one asked for can't be it."""
+    op, device = "dilated_attention", q.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    beyond = ops.beyond_triton(dtype, q.shape[2])
+    if impl == "triton" and beyond:
+        raise RuntimeError(f"{op}: impl='triton' can't run: {beyond}; use impl='auto'")
+    kernels = ("cpu",) if beyond else ("triton", "cpu")
+    chosen = choose_impl(op, impl, q.device, (*kernels, "reference"))
+    if chosen == "reference" or torch.compiler.is_compiling():
+        return chosen  # values can't be looked at while tracing; the operator's body checks them
+    reason = misalignment(offsets.diff().tolist(), segments, ratios)
+    if reason is None:
+        return chosen
+    if impl != "auto":
+        raise RuntimeError(f"{op}: impl={impl!r} can't run: {reason}; use impl='auto'")
+    _say_misaligned(reason)
+    return "reference"
 
-    With more than one segment, a segment length that is no multiple of its dilation shifts the
-    outputs of later segments in the published implementation. Only the reference does that.
-    """
-    for length in lengths:
-        for segment, ratio in zip(segment_lengths, dilation_ratios, strict=True):
-            w, n, _ = branch_shape(max(length, 1), segment, ratio)
-            if n > 1 and w % ratio:
-                return f"segment {segment} is no multiple of its dilation {ratio} at {length} rows"
-    return None
+
+@cache
+def _say_misaligned(reason: str) -> None:
+    logger.info("dilated_attention: using the reference path (%s)", reason)
 
 
 def dilated_attention(
@@ -78,19 +96,17 @@ def dilated_attention(
     )
     bounds = check_offsets(offsets, q.shape[0])
     branches = (tuple(segment_lengths), tuple(dilation_ratios))
-    chosen = choose_impl("dilated_attention", impl, q.device, ("cpu", "reference"))
-    reason = misalignment(bounds.diff().tolist(), *branches)
-    if reason and chosen != "reference":
-        if impl != "auto":
-            raise RuntimeError(f"dilated_attention: impl={impl!r} can't run: {reason}")
-        chosen = "reference"
-    run = dilated_attention_cpu if chosen == "cpu" else dilated_attention_reference
-    return run(
-        q,
-        k,
-        v,
-        offsets=bounds,
-        segment_lengths=branches[0],
-        dilation_ratios=branches[1],
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    chosen = _choose(q, bounds, *branches, impl)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return dilated_attention_reference(
+            q,
+            k,
+            v,
+            offsets=bounds,
+            segment_lengths=branches[0],
+            dilation_ratios=branches[1],
+            scale=factor,
+        )
+    out: Tensor = ops.dilated_attn_fwd(q, k, v, bounds, *branches, factor, chosen)[0]
+    return out

@@ -1,152 +1,318 @@
-"""Dilated attention on the CPU: fused attention per branch on strided views, merged in place.
+"""Dilated attention on the CPU: every branch in place, blocks of scores that fit the cache.
 
-Keys of zero padding are added analytically: `n_pad` of them add `n_pad * exp(0)` to a softmax's
-denominator and nothing else, so neither padding nor gather nor scatter is ever materialised.
-Backward feeds the corrected output and log-sum-exp to the fused backward, which then yields the
-exact gradient; the merge weights are constants.
+    s_ij = scale log2(e) q_i . k_j       Z_i = sum_b (sum_{j in b(i)} 2^s_ij + pad_b(i))
+    o_i = sum_b sum_{j in b(i)} 2^s_ij v_j / Z_i
+
+b(i): keys of row i's segment in branch b; pad_b(i): zero keys that the published form appends.
+The published merge by log-sum-exp is this same sum, so branches add up in one accumulator: no
+padding, gather, scatter or output of a branch exists. No maximum is subtracted where norms bound
+the scores; otherwise the accumulators follow the largest score of their row.
+
+The backward pass computes the scores again, with the merge weights alpha as constants:
+
+    P_ij = 2^s_ij / Z_i        alpha_ib = sum_{j in b(i)} P_ij + pad_b(i) / Z_i
+    dS_ij = P_ij (do_i . v_j - delta_ib)   delta_ib = sum_{j in b(i)} P_ij (do_i . v_j) / alpha_ib
+    dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
+
+What makes it fast is oneDNN's products, twice as fast as those inside ATen's fused attention on an
+AMD processor, and exp2, which is four times as fast as exp there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modaltune.kernels.dilated_attn.reference import NO_ATTENTION, branch_shape
+from modaltune.kernels.dilated_attn._pieces import Branches, Piece, blocks, chunks, tasks
+from modaltune.kernels.dilated_attn._threads import run_tasks
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Equal segments of one branch and head group: rows `start + g :: ratio`, heads `heads`."""
-
-    start: int  # first row of the first segment, in the packed tensor
-    segments: int
-    length: int  # rows of one segment that exist
-    ratio: int
-    group: int
-    heads: slice
-    pad_keys: int  # zero keys that the published form appends
-
-    def view(self, t: Tensor) -> Tensor:
-        """Return the rows of this piece as a view `[segments, heads, m, d]` of `[N, H, d]`."""
-        rows = t[self.start : self.start + self.segments * self.length, self.heads]
-        rows = rows.unflatten(0, (self.segments, self.length))
-        return rows[:, self.group :: self.ratio].transpose(1, 2)
+# Largest |score|, to base 2, without a shift: sums and gradients then keep clear of float32's ends.
+_SAFE_SCORE = 64.0
+# Below every score, but finite: the difference of two of them is zero, not NaN.
+_LOWEST = -1e30
+_LOG2E = 1 / math.log(2)
 
 
-def _pieces(
-    bounds: list[int], heads: int, segment_lengths: tuple[int, ...], ratios: tuple[int, ...]
-) -> Iterator[_Piece]:
-    for start, end in pairwise(bounds):
-        length = end - start
-        if length == 0:
-            continue
-        for segment, ratio in zip(segment_lengths, ratios, strict=True):
-            w, n, m = branch_shape(length, segment, ratio)
-            tail = length - (n - 1) * w
-            runs = [(start, n - 1, w)] if n > 1 else []
-            runs.append((start + (n - 1) * w, 1, tail))
-            per_group = math.ceil(heads / ratio)
-            for group in range(math.ceil(heads / per_group)):
-                kept = slice(group * per_group, min((group + 1) * per_group, heads))
-                for first, count, rows in runs:
-                    real = len(range(group, rows, ratio))
-                    if real:
-                        yield _Piece(first, count, rows, ratio, group, kept, m - real)
+def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return oneDNN's a b^T for `[m, k]` and `[n, k]` in float32, where this torch has it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return linear and (lambda a, b: linear.default(a, b, None, "none", [], ""))
 
 
-def _attend(piece: _Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output `[s, h, m, d]` and log-sum-exp `[s, h, m]` of one piece, pads counted."""
-    out, lse = _flash(piece.view(q), piece.view(k), piece.view(v), scale=scale)
-    if piece.pad_keys:
-        full = torch.logaddexp(lse, torch.full_like(lse, math.log(piece.pad_keys)))
-        out = out * torch.exp(lse - full).to(out.dtype).unsqueeze(-1)
-        lse = full
-    return out, lse
+_PRODUCT = _find_product()
 
 
-def _merge_lse(lse: Tensor) -> Tensor:
-    """Return the log-sum-exp `[s, h, m, 1]` that takes part in the merge, as published."""
-    return torch.where(lse == 0.0, torch.full_like(lse, NO_ATTENTION), lse).unsqueeze(-1)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T `[n, M, N]` of `[n, M, K]` and `[n, N, K]`."""
+    if _PRODUCT is not None and a.dtype == torch.float32 and a.shape[0] == 1:
+        return _PRODUCT(a[0], b[0]).unsqueeze(0)
+    return torch.bmm(a, b.transpose(1, 2))
 
 
-def _merge_weight(merge: Tensor, total: Tensor, branches: int) -> Tensor:
-    """Return the constant weight `[s, h, m, 1]` of a piece among all branches.
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and log-sum-exps: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    A row without attention in any branch (one key of score 0) has the same log-sum-exp in all of
-    them, also in those that skip it: the published softmax weighs them alike.
+
+def _is_safe(q: Tensor, k: Tensor, scale_log2: float) -> bool:
+    """Whether no score of `[L, H, d]` queries and keys, to base 2, can exceed _SAFE_SCORE."""
+    exact = accumulation_dtype(q.dtype)
+    longest = [torch.linalg.vector_norm(t, dim=-1, dtype=exact).amax(0) for t in (q, k)]  # [H]
+    return float((longest[0] * longest[1]).amax()) * abs(scale_log2) <= _SAFE_SCORE
+
+
+def _copied(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `[s, h, places, d]` as `[s * h, places, d]`: a contiguous copy, free to be changed."""
+    return torch.empty(t.shape, dtype=dtype).copy_(t).flatten(0, 1)
+
+
+@dataclass
+class _Sums:
+    """Accumulators, as views `[s, h, places, .]`: weights times values, and weights.
+
+    `top` is the largest score of each row so far, which both are relative to; None for 0.
     """
-    weight = torch.exp(merge - total)
-    return torch.where(total <= NO_ATTENTION / 2, torch.full_like(weight, 1 / branches), weight)
+
+    acc: Tensor
+    total: Tensor
+    top: Tensor | None
+
+    def add(self, rows: slice, acc: Tensor, total: Tensor, top: Tensor | None) -> None:
+        """Add what some rows get, relative to its own `top`; the shapes need not be split."""
+        our_acc, our_total = self.acc[:, :, rows], self.total[:, :, rows]
+        acc, total = acc.view(our_acc.shape), total.view(our_total.shape)
+        if self.top is not None and top is not None:
+            before = self.top[:, :, rows]
+            top = top.view(before.shape)
+            after = torch.maximum(before, top)
+            shrink, factor = torch.exp2(before - after), torch.exp2(top - after)
+            our_acc.mul_(shrink)
+            our_total.mul_(shrink)
+            before.copy_(after)
+            acc, total = acc * factor, total * factor
+        our_acc.add_(acc)
+        our_total.add_(total)
 
 
-class _DilatedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: list[_Piece],
-        scale: float,
-        branches: int,
-    ) -> Any:
-        total = q.new_full((*q.shape[:2], 1), -math.inf, dtype=_lse_dtype(q))
-        parts = []
-        for piece in plan:
-            out, lse = _attend(piece, q, k, v, scale)
-            merge = _merge_lse(lse)
-            seen = piece.view(total)
-            seen.copy_(torch.logaddexp(seen, merge.to(seen.dtype)))
-            parts.append((out, lse, merge))
-        merged = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for piece, (out, _, merge) in zip(plan, parts, strict=True):
-            weight = _merge_weight(merge, piece.view(total), branches).to(out.dtype)
-            piece.view(merged).addcmul_(out, weight)
-        if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(q, k, v, total, *(t for out, lse, _ in parts for t in (out, lse)))
-            ctx.plan, ctx.scale, ctx.branches = plan, scale, branches
-        return merged
+def _attend(pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
+    """Add attention to the accumulators; q, k, v are views `[s, h, places, d]`.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, total, *parts = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        grad_out = grads[0].contiguous()
-        for i, piece in enumerate(ctx.plan):
-            out, lse = parts[2 * i], parts[2 * i + 1]
-            weight = _merge_weight(_merge_lse(lse), piece.view(total), ctx.branches).to(out.dtype)
-            views = (piece.view(q), piece.view(k), piece.view(v))
-            steps = _flash_backward(
-                piece.view(grad_out) * weight, *views, out, lse, 0.0, False, scale=ctx.scale
-            )
-            for target, step in zip((dq, dk, dv), steps, strict=True):
-                piece.view(target).add_(step)
-        return dq, dk, dv, None, None, None
+    `scale` is that of scores to base 2.
+    """
+    queries, keys, values = (_copied(t, sums.acc.dtype) for t in (q, k, v))  # [n, places, d]
+    queries.mul_(scale)
+    for rows in blocks(*keys.shape[:2]):
+        weights = _product(queries[:, rows], keys)  # [n, rows, places]
+        top = None
+        if sums.top is not None:
+            top = weights.amax(-1, keepdim=True)
+            top = top.clamp_(min=0.0) if pads else top
+            weights.sub_(top)
+        weights.exp2_()
+        total = weights.sum(-1, keepdim=True)
+        if pads:
+            total += pads if top is None else pads * torch.exp2(-top)
+        sums.add(rows, _product(weights, values.transpose(1, 2)), total, top)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _attend_alone(scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
+    """Add rows whose softmax has one key; a score of 0 counts as no attention, as published."""
+    exact = sums.acc.dtype
+    score = (q.to(exact) * k.to(exact)).sum(-1, keepdim=True) * scale  # [s, h, 1, 1]
+    weight, top = (score != 0.0).to(exact), None
+    if sums.top is None:
+        weight *= torch.exp2(score)
+    else:
+        top = torch.where(score == 0.0, _LOWEST, score)
+    sums.add(slice(None), v.to(exact) * weight, weight, top)
 
 
-def dilated_attention_cpu(
+def _visits(like: Tensor, pieces: list[Piece]) -> Tensor:
+    """Return how many branches visit each row and head, as `[L, H, 1]`."""
+    found = torch.zeros_like(like)
+    for piece in pieces:
+        piece.view(found).add_(1.0)
+    return found
+
+
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    offsets: Tensor,
-    segment_lengths: tuple[int, ...],
-    dilation_ratios: tuple[int, ...],
+    out: Tensor,
+    lse: Tensor,
+    pieces: list[Piece],
+    branches: int,
     scale: float,
-) -> Tensor:
-    """Return the merged output `[N, H, d]`; extra memory is about twice that of `q`."""
-    plan = list(_pieces(offsets.tolist(), q.shape[1], segment_lengths, dilation_ratios))
-    return _DilatedAttention.apply(q, k, v, plan, scale, len(dilation_ratios))
+) -> None:
+    """Fill out `[L, h, d]` and lse `[L, h, 1]`, to base 2, of some heads of a sequence."""
+    exact = lse.dtype
+    acc = out.zero_() if out.dtype == exact else torch.zeros(out.shape, dtype=exact)
+    total = torch.zeros_like(lse)
+    top = None if _is_safe(q, k, scale) else torch.full_like(lse, _LOWEST)
+    for piece in pieces:
+        views = [None if t is None else piece.view(t) for t in (q, k, v, acc, total, top)]
+        for at in chunks(piece):
+            *qkv, here, sums, tops = (None if t is None else t[at] for t in views)
+            if piece.is_lone:
+                _attend_alone(scale, *qkv, _Sums(here, sums, tops))
+            else:
+                _attend(piece.pads, scale, *qkv, _Sums(here, sums, tops))
+    lse.copy_(total.log2())
+    if top is not None:
+        lse.add_(top)
+    acc.div_(total)
+    is_bare = total == 0.0
+    if bool(is_bare.any()):
+        # No branch has attention here: they weigh alike, those that skip the row included.
+        share = _visits(lse, pieces) / branches
+        acc.copy_(torch.where(is_bare, v * share, acc))
+    if acc is not out:
+        out.copy_(acc)
+
+
+def dilated_attn_cpu_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    branches: Branches,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the merged output `[N, H, d]` and its log-sum-exp `[H, N]`, to base 2.
+
+    A row without attention in any branch has a log-sum-exp of minus infinity.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
+    tensors = (q, k, v, out, lse.t().unsqueeze(-1))
+    count = len(branches[0])
+    run_tasks(
+        [
+            partial(_forward, *(t[at] for t in tensors), pieces, count, scale * _LOG2E)
+            for at, pieces in tasks(offsets, q.shape[1], branches)
+        ]
+    )
+    return out, lse
+
+
+@dataclass
+class _Grads:
+    """Gradients that are added up, as views `[s, h, places, d]`; None where not wanted."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """Return `[n, d, places]` as a contiguous `[n, places, d]`."""
+    # torch copies a transposed matrix block by block, but a batch of them number by number.
+    return t[0].t().contiguous().unsqueeze(0) if t.shape[0] == 1 else t.transpose(1, 2).contiguous()
+
+
+def _pull_back(
+    pads: int, scale: float, is_safe: bool, inputs: list[Tensor], lse: Tensor, grads: _Grads
+) -> None:
+    """Add to the gradients. `inputs`: views of q, k, v and the gradient of the output.
+
+    Weights are 2^(s - c) and the gradient is multiplied by 2^(c - lse), c = 0 where scores are
+    safe: the same products without a pass over the weights.
+    """
+    queries, keys, values, pulled, lse_rows = (_copied(t, lse.dtype) for t in (*inputs, lse))
+    shift = torch.zeros_like(lse_rows) if is_safe else lse_rows  # [n, places, 1]
+    queries.mul_(scale * _LOG2E)
+    pulled.mul_(torch.exp2(shift - lse_rows))
+    count, places, dim = keys.shape
+    dk, dv = (torch.zeros(count, dim, places, dtype=lse.dtype) for _ in range(2))
+    for rows in blocks(count, places):
+        weights = _product(queries[:, rows], keys)  # [n, rows, places]
+        weights = (weights if is_safe else weights.sub_(shift[:, rows])).exp2_()
+        if grads.v is not None:
+            dv += _product(pulled[:, rows].transpose(1, 2), weights.transpose(1, 2))
+        if grads.q is None and grads.k is None:
+            continue
+        slopes = _product(pulled[:, rows], values).mul_(weights)  # [n, rows, places]
+        alpha = weights.sum(-1, keepdim=True)
+        if pads:
+            alpha += pads * torch.exp2(-shift[:, rows])
+        delta = slopes.sum(-1, keepdim=True) / alpha.masked_fill_(alpha == 0.0, 1.0)
+        slopes.addcmul_(weights, delta, value=-1.0)
+        if grads.q is not None:
+            target = grads.q[:, :, rows]
+            step = _product(slopes, keys.transpose(1, 2))
+            target.add_(step.view(target.shape), alpha=scale)
+        if grads.k is not None:
+            dk += _product(queries[:, rows].transpose(1, 2), slopes.transpose(1, 2))
+    if grads.k is not None:
+        # The queries were multiplied by scale * log2(e).
+        grads.k.add_(_transposed(dk).view(grads.k.shape), alpha=1 / _LOG2E)
+    if grads.v is not None:
+        grads.v.add_(_transposed(dv).view(grads.v.shape))
+
+
+def _pull_back_alone(
+    scale: float, bare_weight: float, inputs: list[Tensor], lse: Tensor, grads: _Grads
+) -> None:
+    """Add the gradient of v from rows whose softmax has one key; it has no slope for q and k.
+
+    `bare_weight`: weight of a branch where no branch has attention.
+    """
+    if grads.v is None:
+        return
+    q, k, _, pulled = (t.to(lse.dtype) for t in inputs)
+    score = (q * k).sum(-1, keepdim=True)
+    weight = torch.exp2(score * (scale * _LOG2E) - lse)
+    weight = torch.where(score == 0.0, torch.where(lse == -math.inf, bare_weight, 0.0), weight)
+    grads.v.add_(pulled * weight)
+
+
+def _backward(
+    inputs: list[Tensor],
+    lse: Tensor,
+    grads: list[Tensor | None],
+    pieces: list[Piece],
+    branches: int,
+    scale: float,
+) -> None:
+    """Fill the gradients of some heads of a sequence, which are zero."""
+    is_safe = _is_safe(inputs[0], inputs[1], scale * _LOG2E)
+    for piece in pieces:
+        views = [None if t is None else piece.view(t) for t in (*inputs, lse, *grads)]
+        for at in chunks(piece):
+            *given, lse_here, dq, dk, dv = (None if t is None else t[at] for t in views)
+            wanted = _Grads(dq, dk, dv)
+            if piece.is_lone:
+                _pull_back_alone(scale, 1 / branches, given, lse_here, wanted)
+            else:
+                _pull_back(piece.pads, scale, is_safe, given, lse_here, wanted)
+
+
+def dilated_attn_cpu_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    branches: Branches,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the gradients of those of q, k and v that `needs` names, `[N, H, d]`."""
+    found = [torch.zeros(q.shape, dtype=lse.dtype) if need else None for need in needs]
+    inputs, rows_lse = (q, k, v, grad_out), lse.t().unsqueeze(-1)
+    work = []
+    for at, pieces in tasks(offsets, q.shape[1], branches):
+        grads = [None if t is None else t[at] for t in found]
+        here = [t[at] for t in inputs]
+        work.append(partial(_backward, here, rows_lse[at], grads, pieces, len(branches[0]), scale))
+    run_tasks(work)
+    return [t.to(q.dtype) for t in found if t is not None]

@@ -42,7 +42,7 @@ def _branch(
     scores = gather(q) @ gather(k).transpose(-1, -2) * scale  # zero padding takes part
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     out = torch.exp(scores - lse) @ gather(v)
-    lse = lse.detach()
+    lse = lse.detach().to(torch.promote_types(lse.dtype, torch.float32))  # float16 ends at 65,504
     lse = torch.where(lse == 0.0, torch.full_like(lse, NO_ATTENTION), lse)
     return scatter(out, 0.0), scatter(lse, NO_ATTENTION).squeeze(-1)
 
@@ -76,7 +76,7 @@ def dilated_attention_reference(
             _branch(*one, segment, ratio, scale)
             for segment, ratio in zip(segment_lengths, dilation_ratios, strict=True)
         ]
-        weights = torch.softmax(torch.stack([lse for _, lse in branches]), dim=0)  # [branch, T, H]
+        weights = torch.softmax(torch.stack([lse for _, lse in branches]), dim=0).to(q.dtype)
         merged = sum(w.unsqueeze(-1) * out for w, (out, _) in zip(weights, branches, strict=True))
         outs.append(merged)
     return torch.cat(outs) if outs else torch.zeros_like(q)
