@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
 from modaltune.kernels._dispatch import choose_impl
-from modaltune.kernels.injection.cpu import inject_cpu
+from modaltune.kernels.injection import ops
 from modaltune.kernels.injection.reference import inject_reference
 
 
@@ -35,9 +35,16 @@ def inject(
     Query and output projections come folded (`[E, D]` and `[D, E]`): a product of the adapter's
     two linear maps on either side, which is exact and a quarter of the work.
 
+    The backward pass recomputes everything: beyond its inputs a call saves only `offsets`
+    (`8 * (B + 1)` bytes), and nothing at all where no input needs a gradient. Gradients of frozen
+    inputs are not computed.
+
     Args:
-        x: `[N, D]` tokens of all cases, packed.
-        keys: `[B, G, E]` projected keys of the modal tokens; E is heads x head width.
+        x: `[N, D]` tokens of all cases, packed case after case without padding.
+        keys: `[B, G, E]` projected keys of the modal tokens, in the dtype of `x` like every other
+            tensor (under autocast any floating dtype); E is heads x head width. The Triton path
+            takes at most 128 tokens, and heads that come to at most 256 columns when each is
+            padded to a power of two from 16 on.
         values: `[B, G, E]` projected values.
         gamma: `[D]` gate; zero leaves the stream untouched.
         norm_weight: `[D]` LayerNorm scale on the tiles.
@@ -52,13 +59,15 @@ def inject(
         key_mask: `[B, G]` bool, False for tokens of a missing modality. A case without any token
             passes through unchanged.
         eps: LayerNorm epsilon.
-        impl: `auto`, `triton`, `cpu` or `reference`.
+        impl: `auto`, `triton` (CUDA; CPU tensors only under `TRITON_INTERPRET=1`), `cpu` or
+            `reference`.
 
     Returns:
         `[N, D]` in the dtype of `x`.
 
     Raises:
-        ValueError: Shapes contradict each other.
+        TypeError: x is not floating point.
+        ValueError: Shapes, dtypes, devices or offsets contradict each other.
         RuntimeError: The implementation asked for can't run here.
 
     Source: ModalTune (Ramanathan et al., 2025), injector of the Modal Adapter.
@@ -89,9 +98,27 @@ def inject(
         bounds.numel() == cases + 1,
         f"offsets must hold one row range per case ({cases}), got {bounds.numel() - 1}",
     )
-    chosen = choose_impl("inject", impl, x.device, ("cpu", "reference"))
-    run = inject_cpu if chosen == "cpu" else inject_reference
-    return run(
+    mixed = torch.is_autocast_enabled(x.device.type)
+    named = {"keys": keys, "values": values, "gamma": gamma, **rows}
+    named |= {"query_weight": query_weight, "query_bias": query_bias}
+    for name, tensor in {**named, "output_weight": output_weight}.items():
+        require(
+            tensor.device == x.device and (mixed or tensor.dtype == x.dtype),
+            f"{name} must have the dtype and device of x ({x.dtype}, {x.device}), "
+            f"got {tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
+        )
+    dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+    beyond = ops.beyond_triton(dtype, inner, num_heads, tokens)
+    if impl == "triton" and beyond:
+        raise RuntimeError(f"inject: impl='triton' {beyond}; use impl='auto'")
+    available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
+    chosen = choose_impl("inject", impl, x.device, available)
+    weights = (norm_weight, norm_bias, query_weight, query_bias, output_weight, output_bias)
+    if chosen != "reference":
+        return ops.inject_fwd(
+            x, keys, values, gamma, *weights, key_mask, bounds, num_heads, num_prefix, eps, chosen
+        )
+    return inject_reference(
         x,
         keys,
         values,
