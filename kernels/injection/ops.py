@@ -1,4 +1,4 @@
-"""Operators `modaltune::inject_fwd` and `modaltune::inject_bwd`.
+"""Operators `modaltune::inject_fwd`, `modaltune::inject_bwd` and `modaltune::inject_tasks_fwd`.
 
 The forward one carries the autograd formula, which calls the backward one. Nothing but the inputs
 is saved between them.
@@ -13,7 +13,11 @@ from torch import Tensor
 
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
-from modaltune.kernels.injection.cpu import inject_cpu_bwd, inject_cpu_fwd
+from modaltune.kernels.injection.cpu import (
+    inject_cpu_bwd,
+    inject_cpu_fwd,
+    inject_tasks_cpu,
+)
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_INNER = 256  # columns that stay on chip, after padding every head
@@ -25,6 +29,8 @@ _INPUTS = (
     "Tensor query_weight, Tensor query_bias, Tensor output_weight, Tensor output_bias, "
     "Tensor? key_mask, Tensor offsets, int num_heads, int num_prefix, float eps"
 )
+
+_TASKS = "Tensor task_keys, Tensor task_values"
 
 
 def beyond_triton(dtype: torch.dtype, inner: int, num_heads: int, tokens: int) -> str:
@@ -79,6 +85,10 @@ def _backward_fake(grad: Tensor, *rest: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
 
 
+def _tasks_fake(x: Tensor, keys: Tensor, values: Tensor, task_keys: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(task_keys.shape[1], *x.shape)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, num_heads, num_prefix, eps, impl = inputs
     ctx.options = (num_heads, num_prefix, eps)
@@ -103,4 +113,13 @@ define(
 differentiable("inject_fwd", _setup_context, _gradients)
 autocast("inject_fwd")
 
+# Without gradients, on the CPU: `inject_tasks` takes it there alone.
+define(
+    f"inject_tasks_fwd({_INPUTS.replace('Tensor gamma', _TASKS + ', Tensor gamma')}) -> Tensor",
+    inject_tasks_cpu,
+    _tasks_fake,
+)
+autocast("inject_tasks_fwd")
+
 inject_fwd = torch.ops.modaltune.inject_fwd
+inject_tasks_fwd = torch.ops.modaltune.inject_tasks_fwd
