@@ -40,8 +40,9 @@ def extract(
     """Aggregate tiles into modal tokens: attention of G queries over the L tiles of each case.
 
     Keys, values and attention weights are computed again in the backward pass. Saved for it: the
-    inputs, as they are, and under `triton` the result in float32 and a log-sum-exp of each head,
-    4 B G (E + heads) bytes; nothing of size L. Gradients that are not needed are not computed.
+    inputs, as they are, the result in float32 and a log-sum-exp of each head, `4 B G (E + heads)`
+    bytes (float64 inputs: twice), and `8 (B + 1)` of offsets; nothing of size L, and nothing at all
+    where no input needs a gradient. Gradients that are not needed are not computed.
 
     Args:
         queries: `[B, G, E]` projected queries of the modal tokens; E is heads x head width.

@@ -1,8 +1,8 @@
 """Operators `modaltune::extract_fwd` and `modaltune::extract_bwd`.
 
 The forward one carries the autograd formula, which calls the backward one. Its second and third
-outputs, the attended values in float32 and the log-sum-exp of the scores, are for the backward pass
-of the kernels alone; the CPU path leaves them empty.
+outputs, the attended values before they are rounded and the log-sum-exp of the scores, are for the
+backward pass alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from modaltune.kernels._checks import check_offsets
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
-from modaltune.kernels.extraction.cpu import extract_cpu, extract_cpu_bwd
+from modaltune.kernels.extraction.cpu import exact_dtype, extract_cpu_bwd, extract_cpu_fwd
 from modaltune.kernels.extraction.schedule import MAX_HEAD_DIM, MAX_QUERIES
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,36 +53,14 @@ def _is_empty(queries: Tensor) -> bool:
     return queries.numel() == 0
 
 
-def _forward(
-    queries: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    kv_weight: Tensor,
-    kv_bias: Tensor,
-    offsets: Tensor,
-    num_heads: int,
-    num_prefix: int,
-    eps: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (queries, x, norm_weight, norm_bias, kv_weight, kv_bias)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, offsets, num_heads, num_prefix, eps, impl = arguments
+    queries, x = tensors[:2]
     offsets = check_offsets(offsets, x.shape[0])  # not looked at before when compiled
-    if impl == "cpu" or _is_empty(queries):
-        out = extract_cpu(
-            queries,
-            x,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            kv_weight=kv_weight,
-            kv_bias=kv_bias,
-            num_heads=num_heads,
-            offsets=offsets,
-            num_prefix=num_prefix,
-            eps=eps,
-        )
-        _, *rest = _forward_fake(*tensors, offsets, num_heads, num_prefix, eps, impl)
-        return out, rest[0], rest[1]
+    if _is_empty(queries):
+        return _forward_fake(*tensors, offsets, num_heads, num_prefix, eps, impl)
+    if impl == "cpu":
+        return extract_cpu_fwd(*tensors, offsets, num_heads, num_prefix, eps)
     _check_device(x)
     from modaltune.kernels.extraction.triton_kernels import launch_extraction_fwd
 
@@ -90,48 +68,31 @@ def _forward(
         return launch_extraction_fwd(*tensors, offsets, num_heads, num_prefix, eps)
 
 
-def _forward_fake(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_heads, impl = rest[6], rest[9]
+def _forward_fake(queries: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_heads, exact = rest[5], exact_dtype(x)
     cases, count, inner = queries.shape
-    kept = impl == "triton"
     return (
         queries.new_empty(cases, count, inner),
-        queries.new_empty((cases, count, inner) if kept else 0, dtype=torch.float32),
-        queries.new_empty((cases, num_heads, count) if kept else 0, dtype=torch.float32),
+        queries.new_empty(cases, count, inner, dtype=exact),
+        queries.new_empty(cases, num_heads, count, dtype=exact),
     )
 
 
-def _backward(
-    grad_out: Tensor,
-    queries: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    kv_weight: Tensor,
-    kv_bias: Tensor,
-    exact: Tensor,
-    lse: Tensor,
-    offsets: Tensor,
-    num_heads: int,
-    num_prefix: int,
-    eps: float,
-    needs: list[bool],
-    impl: str,
-) -> list[Tensor]:
-    tensors = (queries, x, norm_weight, norm_bias, kv_weight, kv_bias)
+def _backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    *given, impl = arguments
+    tensors, needs = given[:6], given[12]
+    queries, x = tensors[:2]
     # A gradient taken inside an autocast region would have its products rounded.
     with torch.autocast(x.device.type, enabled=False):
         if _is_empty(queries):
             return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
         if impl == "cpu":
-            return extract_cpu_bwd(grad_out, *tensors, offsets, num_heads, num_prefix, eps, needs)
+            return extract_cpu_bwd(grad_out, *given)
         _check_device(x)
         from modaltune.kernels.extraction.triton_kernels import launch_extraction_bwd
 
         with torch.cuda.device_of(x):
-            return launch_extraction_bwd(
-                grad_out, *tensors, exact, lse, offsets, num_heads, num_prefix, eps, needs
-            )
+            return launch_extraction_bwd(grad_out, *given)
 
 
 def _backward_fake(grad_out: Tensor, *rest: Any) -> list[Tensor]:
