@@ -17,6 +17,7 @@ _LAZY = {
     "frozen_linear": "frozen_product",
     "gated_pool": "gated_pooling",
     "inject": "injection",
+    "inject_tasks": "injection",
     "normalize_tiles": "tile_norm",
     "packed_bytes": "frozen_product",
     "pathway_mlp": "grouped_mlp",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from modaltune.kernels.gated_pooling.api import gated_pool as gated_pool
     from modaltune.kernels.grouped_mlp.api import pathway_mlp as pathway_mlp
     from modaltune.kernels.injection.api import inject as inject
+    from modaltune.kernels.injection.api import inject_tasks as inject_tasks
     from modaltune.kernels.position_embed.api import embed_positions as embed_positions
     from modaltune.kernels.tile_norm.api import normalize_tiles as normalize_tiles
 

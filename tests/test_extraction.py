@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modaltune.kernels import extract
+from modaltune.kernels.extraction import cpu
 from modaltune.testing import (
     RAGGED,
     check_against_reference,
@@ -164,12 +165,18 @@ def test_golden(shared_dir: Path, case: str, impl: str) -> None:
         assert torch.linalg.norm(leaf.grad - want) <= 1.1e-6 * torch.linalg.norm(want), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("num_prefix", [0, 1])
-@pytest.mark.parametrize("tokens", [1, 65])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("num_prefix", "tokens", "block_rows"), [(0, 1, 2048), (1, 1, 100), (1, 65, 2048), (0, 65, 100)]
+)
 def test_cpu_loses_no_more_than_the_reference(
-    dtype: torch.dtype, num_prefix: int, tokens: int
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    num_prefix: int,
+    tokens: int,
+    block_rows: int,
 ) -> None:
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", block_rows)
     inputs = make_inputs(list(RAGGED), tokens=tokens, width=48, inner=12)
     check_against_reference(
         extract,
@@ -230,6 +237,17 @@ def test_no_tiles_give_zeros(impl: str, lengths: list[int]) -> None:
     inputs = make_inputs(lengths)
     out = extract(**inputs, num_heads=2, offsets=pack_offsets(lengths), impl=impl)
     assert torch.equal(out, torch.zeros(len(lengths), 4, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_no_queries(impl: str) -> None:
+    inputs = make_inputs([4, 5])
+    inputs["queries"] = inputs["queries"][:, :0]
+    found = run_with_gradients(
+        extract, inputs, num_heads=2, offsets=pack_offsets([4, 5]), impl=impl
+    )
+    assert found["out"].shape == (2, 0, 6)
+    assert all((found[f"grad {name}"] == 0).all() for name in inputs)
 
 
 def _valid() -> dict[str, object]:

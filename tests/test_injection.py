@@ -187,7 +187,7 @@ def test_golden(shared_dir: Path, case: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("block_rows", [1, 100, 2048])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cpu_loses_no_more_than_the_reference(
     monkeypatch: pytest.MonkeyPatch, block_rows: int, dtype: torch.dtype, masked: bool

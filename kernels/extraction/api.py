@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
 from modaltune.kernels._dispatch import choose_impl
-from modaltune.kernels.extraction.cpu import extract_cpu
+from modaltune.kernels.extraction import ops
 from modaltune.kernels.extraction.reference import extract_reference
+
+
+def _choose(impl: str, queries: Tensor, x: Tensor, num_heads: int) -> str:
+    """Return the implementation to run, with the reason where the kernels can't be it."""
+    device = x.device.type
+    mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
+    beyond = ops.beyond_triton(dtype, queries.shape[1], queries.shape[2] // num_heads)
+    if impl == "triton" and beyond:
+        raise RuntimeError(f"extract: impl='triton' {beyond}; use impl='auto'")
+    available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
+    return choose_impl("extract", impl, x.device, available)
 
 
 def extract(
@@ -26,6 +39,11 @@ def extract(
 ) -> Tensor:
     """Aggregate tiles into modal tokens: attention of G queries over the L tiles of each case.
 
+    Keys, values and attention weights are computed again in the backward pass. Saved for it: the
+    inputs, as they are, the result in float32 and a log-sum-exp of each head, `4 B G (E + heads)`
+    bytes (float64 inputs: twice), and `8 (B + 1)` of offsets; nothing of size L, and nothing at all
+    where no input needs a gradient. Gradients that are not needed are not computed.
+
     Args:
         queries: `[B, G, E]` projected queries of the modal tokens; E is heads x head width.
         x: `[N, D]` tokens of all cases, packed.
@@ -37,7 +55,8 @@ def extract(
         offsets: `[B + 1]` integer rows of each case; None for one case.
         num_prefix: Rows at the start of each case (cls) that are not attended to.
         eps: LayerNorm epsilon.
-        impl: `auto`, `triton`, `cpu` or `reference`.
+        impl: `auto`, `triton` (float16, bfloat16 and float32; G up to 128, heads up to 128 wide),
+            `cpu` or `reference`. `auto` takes the reference on a GPU for what triton doesn't cover.
 
     Returns:
         `[B, G, E]` attended values, before the output projection; zero for a case without tiles.
@@ -52,10 +71,21 @@ def extract(
     check_shape("x", x, (None, None))
     check_shape("queries", queries, (None, None, None))
     cases, _, inner = queries.shape
-    check_shape("kv_weight", kv_weight, (2 * inner, x.shape[1]))
-    check_shape("kv_bias", kv_bias, (2 * inner,))
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        check_shape(name, tensor, (x.shape[1],))
+    named = {
+        "queries": (queries, tuple(queries.shape)),
+        "norm_weight": (norm_weight, (x.shape[1],)),
+        "norm_bias": (norm_bias, (x.shape[1],)),
+        "kv_weight": (kv_weight, (2 * inner, x.shape[1])),
+        "kv_bias": (kv_bias, (2 * inner,)),
+    }
+    mixed = torch.is_autocast_enabled(x.device.type)
+    for name, (tensor, shape) in named.items():
+        check_shape(name, tensor, shape)
+        require(
+            tensor.device == x.device and (mixed or tensor.dtype == x.dtype),
+            f"{name} must have the dtype and device of x ({x.dtype}, {x.device}), "
+            f"got {tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
+        )
     require(
         num_heads >= 1 and inner % num_heads == 0,
         f"num_heads must divide {inner}, got {num_heads}",
@@ -66,17 +96,20 @@ def extract(
         bounds.numel() == cases + 1,
         f"offsets must hold one row range per case ({cases}), got {bounds.numel() - 1}",
     )
-    chosen = choose_impl("extract", impl, x.device, ("cpu", "reference"))
-    run = extract_cpu if chosen == "cpu" else extract_reference
-    return run(
-        queries,
-        x,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        kv_weight=kv_weight,
-        kv_bias=kv_bias,
-        num_heads=num_heads,
-        offsets=bounds,
-        num_prefix=num_prefix,
-        eps=eps,
-    )
+    weights = (norm_weight, norm_bias, kv_weight, kv_bias)
+    chosen = _choose(impl, queries, x, num_heads)
+    if chosen == "reference":
+        return extract_reference(
+            queries,
+            x,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            kv_weight=kv_weight,
+            kv_bias=kv_bias,
+            num_heads=num_heads,
+            offsets=bounds,
+            num_prefix=num_prefix,
+            eps=eps,
+        )
+    out, _, _ = ops.extract_fwd(queries, x, *weights, bounds, num_heads, num_prefix, eps, chosen)
+    return out
