@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modaltune.benchmarks.kernel_spec import NotHereError
 
-# q, k, v `[S, m, H, d]` and the scale -> out `[S, m, H, d]`, log-sum-exp `[S, H, m]` float32 or None
+# q, k, v `[S, m, H, d]` and the scale -> out `[S, m, H, d]` and, in float32, its log-sum-exp
+# `[S, H, m]` or None.
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor | None]]
 
 
@@ -61,9 +62,7 @@ def flash_attn() -> Attend:
     library = _library("flash_attn", "flash-attn")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, _ = library.flash_attn_func(
-            q, k, v, softmax_scale=scale, return_attn_probs=True
-        )
+        out, lse, _ = library.flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
         return out, lse
 
     return attend

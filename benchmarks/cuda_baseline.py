@@ -61,9 +61,7 @@ def compile_cubin(name: str, capability: int, out: Path, sizes: Mapping[str, int
     command = [str(root / "bin" / "nvcc"), "-cubin", f"-arch=sm_{capability}", "-O3", "-std=c++17"]
     command += [f"-I{root / 'include'}", *(f"-D{key}={value}" for key, value in sizes.items())]
     command += ["-o", str(target), str(SOURCES / f"{name}.cu")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise NotHereError(f"nvcc failed on {name}.cu: {last}")

@@ -22,6 +22,10 @@ from modaltune.kernels.extraction.reference import extract_reference
 from modaltune.kernels.injection.reference import inject_reference
 
 EPS = 1e-5
+_INJECT_WANTED = (
+    *("x", "keys", "values", "gamma", "norm_weight", "norm_bias"),
+    *("query_weight", "query_bias", "output_weight", "output_bias"),
+)
 
 
 def _drawn(
@@ -109,13 +113,9 @@ def _separate_inject(library: Callable[[], Attend], call: Call) -> Run:
 
     def run(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
         x, heads = tensors["x"], options["num_heads"]
-        normed = F.layer_norm(
-            x, x.shape[-1:], tensors["norm_weight"], tensors["norm_bias"], EPS
-        )
+        normed = F.layer_norm(x, x.shape[-1:], tensors["norm_weight"], tensors["norm_bias"], EPS)
         q = F.linear(normed, tensors["query_weight"], tensors["query_bias"]).unsqueeze(0)
-        q, k, v = (
-            t.unflatten(-1, (heads, -1)) for t in (q, tensors["keys"], tensors["values"])
-        )
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, tensors["keys"], tensors["values"]))
         out = attend(q, k, v, q.shape[-1] ** -0.5)[0].flatten(2)[0]
         out = F.linear(out, tensors["output_weight"], tensors["output_bias"])
         return x + tensors["gamma"] * (x + out)
@@ -129,13 +129,9 @@ def _separate_extract(library: Callable[[], Attend], call: Call) -> Run:
 
     def run(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
         x, heads = tensors["x"], options["num_heads"]
-        normed = F.layer_norm(
-            x, x.shape[-1:], tensors["norm_weight"], tensors["norm_bias"], EPS
-        )
+        normed = F.layer_norm(x, x.shape[-1:], tensors["norm_weight"], tensors["norm_bias"], EPS)
         kv = F.linear(normed, tensors["kv_weight"], tensors["kv_bias"]).unsqueeze(0)
-        q, k, v = (
-            t.unflatten(-1, (heads, -1)) for t in (tensors["queries"], *kv.chunk(2, dim=-1))
-        )
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (tensors["queries"], *kv.chunk(2, dim=-1)))
         return attend(q, k, v, q.shape[-1] ** -0.5)[0].flatten(2)
 
     return run
@@ -163,8 +159,7 @@ SPECS = (
         make=make_injection,
         ours=by_keywords(inject),
         reference=_inject_reference,
-        wanted=("x", "keys", "values", "gamma", "norm_weight", "norm_bias", "query_weight")
-        + ("query_bias", "output_weight", "output_bias"),
+        wanted=_INJECT_WANTED,
         reference_bytes=_bytes,
         rivals=_rivals(_separate_inject, cuda_baseline.build_inject),
     ),

@@ -134,7 +134,7 @@ class Modelled:
         cost: The work.
         roof_s: The least time of any kernel: products, special functions and least bytes at peak.
         ours_s: The same for the bytes that our kernels move.
-        bound: What the roof is: `products`, `special functions` or `memory`.
+        bound: What the roof is: `products`, `exponentials` or `memory`.
     """
 
     cost: OpCost
@@ -285,7 +285,7 @@ def on_device(cost: OpCost, device: Device, dtype: torch.dtype = torch.bfloat16)
     peak = device.half_flops if dtype.itemsize == 2 else device.tf32_flops
     limits = {
         "products": cost.flops / peak,
-        "special functions": cost.special_ops / device.special_ops,
+        "exponentials": cost.special_ops / device.special_ops,
         "memory": cost.least_bytes / device.bytes_per_s,
     }
     bound = max(limits, key=lambda name: limits[name])

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 from rich.console import Console
 
+from modaltune.benchmarks.command import bench_app
+
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
 
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 slides_app = typer.Typer(help="Look at slide files.", no_args_is_help=True)
 app.add_typer(slides_app, name="slides")
+app.add_typer(bench_app, name="bench")
 
 out_console = Console()
 err_console = Console(stderr=True)
