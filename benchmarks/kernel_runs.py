@@ -8,19 +8,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from modaltune.benchmarks.harness import UNKNOWN, commit_id, cpu_model, timestamp
-from modaltune.benchmarks.kernel_spec import Call, NotHereError, OpSpec, Run
+from modaltune.benchmarks.kernel_gate import (
+    REFERENCE_SHARE,
+    Gate,
+    checkable_tiles,
+    preparation,
+    results_of,
+)
+from modaltune.benchmarks.kernel_spec import GIB, Call, NotHereError, OpSpec, Run
 from modaltune.benchmarks.kernel_timing import (
     MIB,
-    Prepare,
     Roof,
     Timing,
     free_bytes,
@@ -29,16 +33,11 @@ from modaltune.benchmarks.kernel_timing import (
     peak_bytes,
 )
 from modaltune.kernels.roofline import op_cost
-from modaltune.testing import allowed_error
 
 logger = logging.getLogger(__name__)
 
 CSV_NAME = "kernels.csv"
 OURS, EAGER, COMPILED, GRAPHED = "ours", "eager", "torch.compile", "ours, CUDA graph"
-_REFERENCE_SHARE = 0.4  # of free memory that a reference may take
-# A race is not a proof: who sums in another order than the reference may lose twice what the tests
-# of our kernels allow. Wrong answers are off by far more.
-_SLACK = 2.0
 
 
 @dataclass(frozen=True)
@@ -96,89 +95,20 @@ class Case:
 
 
 @dataclass
-class _Contender:
+class Contender:
+    """Who takes part: a function to run, or the reason why there is none.
+
+    Attributes:
+        impl: Its name.
+        run: None where it can't run, or must not.
+        reason: Why.
+        is_wrong: Whether its answer was wrong.
+    """
+
     impl: str
     run: Run | None
     reason: str = ""
-    is_wrong: bool = field(default=False)
-
-
-def results_of(spec: OpSpec, run: Run, call: Call, mode: str) -> dict[str, Tensor]:
-    """Run a contender once and return its output, or its gradients in the backward mode."""
-    if mode == "forward":
-        with torch.no_grad():
-            return {"out": run(call.tensors, call.options)}
-    out, leaves = _forward(spec, run, call)
-    grads = torch.autograd.grad(out, list(leaves.values()), pulled(out), allow_unused=True)
-    return {
-        f"grad {name}": torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
-
-
-def pulled(out: Tensor) -> Tensor:
-    """Return a fixed gradient of the output with values in [-1, 1], the same in every dtype."""
-    wave = torch.arange(out.numel(), dtype=torch.float64, device=out.device).mul_(0.7).sin_()
-    return wave.to(torch.float16).to(out.dtype).view(out.shape)
-
-
-def _forward(spec: OpSpec, run: Run, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
-    leaves = {name: call.tensors[name].detach().requires_grad_() for name in spec.wanted}
-    return run({**call.tensors, **leaves}, call.options), leaves
-
-
-def preparation(spec: OpSpec, run: Run, call: Call, mode: str) -> Prepare:
-    """Return what readies a timed run: nothing, or the forward pass of the backward mode."""
-
-    def forward() -> Callable[[], Any]:
-        def timed() -> Any:
-            with torch.no_grad():
-                return run(call.tensors, call.options)
-
-        return timed
-
-    def backward() -> Callable[[], Any]:
-        out, leaves = _forward(spec, run, call)
-        grad = pulled(out)
-        return lambda: torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
-
-    return forward if mode == "forward" else backward
-
-
-def checkable_tiles(spec: OpSpec, tiles: int, device: torch.device, itemsize: int = 8) -> int:
-    """Return the largest size, halving from `tiles`, whose reference fits the memory."""
-    limit = _REFERENCE_SHARE * free_bytes(device)
-    while tiles > 1 and spec.reference_bytes(tiles, itemsize) > limit:
-        tiles //= 2
-    return tiles
-
-
-class Gate:
-    """The right answer to a call, and how far from it a contender may be.
-
-    Twice what the kernel tests allow, which is twice what the reference loses in the dtype, plus
-    one rounding step.
-    """
-
-    def __init__(self, spec: OpSpec, call: Call, mode: str, dtype: torch.dtype) -> None:
-        self._spec, self._call, self._mode, self._dtype = spec, call, mode, dtype
-        self._exact = results_of(spec, spec.reference, call.as_dtype(torch.float64), mode)
-        plain = results_of(spec, spec.reference, call, mode)
-        self._limits = {
-            name: _SLACK * allowed_error(exact, plain[name], dtype)
-            for name, exact in self._exact.items()
-        }
-
-    def fault(self, run: Run) -> str:
-        """Run a contender and say what is wrong with its answer, or nothing."""
-        got = results_of(self._spec, run, self._call, self._mode)
-        for name, exact in self._exact.items():
-            if got[name].shape != exact.shape:
-                return f"{name} has shape {[*got[name].shape]}, not {[*exact.shape]}"
-            error = float((got[name].double() - exact).abs().max()) if exact.numel() else 0.0
-            if not error <= self._limits[name]:
-                return f"{name} is off by {error:.3g}, allowed {self._limits[name]:.3g}"
-        return ""
+    is_wrong: bool = False
 
 
 @contextmanager
@@ -223,67 +153,93 @@ def compiled(spec: OpSpec, call: Call, mode: str, limit_s: float) -> Run:
         except Exception as error:
             if is_over():
                 raise NotHereError(f"compiling took more than {limit_s:g} s") from error
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise NotHereError(f"does not compile here: {first[:200]}") from error
+            raise NotHereError(f"does not compile here: {_first_line(error)}") from error
     return run
 
 
-def _contenders(spec: OpSpec, call: Call, mode: str, tiles: int, plan: Plan) -> list[_Contender]:
-    """Build everything that runs, or say why it can't."""
-    builders: dict[str, Callable[[], Run]] = {}
+def _builders(spec: OpSpec, call: Call, mode: str, plan: Plan) -> dict[str, Callable[[], Run]]:
+    """Return how everything that can run here is built, by name."""
     ours = "triton" if plan.device.type == "cuda" else "auto"
-    builders[OURS] = lambda: spec.ours(call, ours)
-    need, free = spec.reference_bytes(tiles, plan.dtype.itemsize), free_bytes(plan.device)
-    if need > _REFERENCE_SHARE * free:
+    need = spec.reference_bytes(call.tiles, plan.dtype.itemsize)
+    free = free_bytes(plan.device)
 
-        def too_large() -> Run:
-            raise NotHereError(f"needs about {need / 2**30:.1f} GiB of {free / 2**30:.1f} free")
+    def reference() -> Run:
+        if need > REFERENCE_SHARE * free:
+            raise NotHereError(f"needs about {need / GIB:.1f} GiB of {free / GIB:.1f} free")
+        return spec.reference
 
-        builders[EAGER] = builders[COMPILED] = too_large
-    else:
-        builders[EAGER] = lambda: spec.reference
-        builders[COMPILED] = lambda: compiled(spec, call, mode, plan.compile_s)
+    def compiled_reference() -> Run:
+        reference()
+        return compiled(spec, call, mode, plan.compile_s)
+
+    builders: dict[str, Callable[[], Run]] = {
+        OURS: lambda: spec.ours(call, ours),
+        EAGER: reference,
+        COMPILED: compiled_reference,
+    }
     for name, rival in spec.rivals.items():
         if plan.device.type in rival.devices and mode in rival.modes:
             builders[name] = partial(rival.build, call)
+    return builders
+
+
+def contenders_of(
+    spec: OpSpec, call: Call, mode: str, plan: Plan, only: str | None = None
+) -> tuple[list[Contender], int]:
+    """Build and check everything that runs.
+
+    Args:
+        spec: The op.
+        call: Its inputs.
+        mode: `forward` or `backward`.
+        plan: Device, dtype and budgets.
+        only: Name of a single contender.
+
+    Returns:
+        The contenders, those without a function to run with the reason; and the tiles at which
+        answers were checked, fewer than the call's where its reference does not fit the memory.
+    """
     found = []
+    builders = _builders(spec, call, mode, plan)
+    if only is not None:
+        absent = f"does not run on {plan.device.type}"
+        builders = {only: builders.get(only, partial(_refuse, absent))}
     for name, build in builders.items():
         try:
-            found.append(_Contender(name, build()))
+            found.append(Contender(name, build()))
         except NotHereError as error:
-            found.append(_Contender(name, None, str(error)))
-    return found
+            found.append(Contender(name, None, str(error)))
+    return found, _check(found, spec, call, mode, plan)
 
 
-def _check(contenders: list[_Contender], spec: OpSpec, call: Call, mode: str, plan: Plan) -> int:
+def _refuse(reason: str) -> Run:
+    raise NotHereError(reason)
+
+
+def _check(contenders: list[Contender], spec: OpSpec, call: Call, mode: str, plan: Plan) -> int:
     """Take out of the race who answers wrongly; return the tiles that were checked."""
-    tiles = spec_tiles = call_tiles(call)
-    if spec_tiles:
-        tiles = checkable_tiles(spec, spec_tiles, plan.device)
-    checked = call if tiles == spec_tiles else spec.make(tiles, plan.device, plan.dtype)
+    tiles = checkable_tiles(spec, call.tiles, plan.device)
+    checked = call if tiles == call.tiles else spec.make(tiles, plan.device, plan.dtype)
     gate = Gate(spec, checked, mode, plan.dtype)
     for one in contenders:
         if one.run is None or one.impl == EAGER:
             continue
         run = one.run
-        if checked is not call and one.impl not in (OURS, COMPILED):
-            run = spec.rivals[one.impl].build(checked)
         try:
+            if checked is not call and one.impl in spec.rivals:
+                run = spec.rivals[one.impl].build(checked)  # prepared for the other size
             fault = gate.fault(run)
         except RuntimeError as error:  # a library that refuses the shape or dtype
-            one.run, one.reason = None, f"fails: {str(error).strip().splitlines()[0][:200]}"
+            one.run, one.reason = None, f"fails: {_first_line(error)}"
             continue
         if fault:
             one.run, one.reason, one.is_wrong = None, f"wrong answer, not timed: {fault}", True
     return tiles
 
 
-def call_tiles(call: Call) -> int:
-    """Return the tiles of a call as its sizes have them; 0 for an op without tiles."""
-    for name in ("rows", "tiles", "n"):
-        if name in call.sizes:
-            return int(call.sizes[name])
-    return int(sum(call.sizes["lengths"])) - 1 if "lengths" in call.sizes else 0
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def run_case(spec: OpSpec, mode: str, tiles: int, plan: Plan) -> Case:
@@ -297,8 +253,7 @@ def run_case(spec: OpSpec, mode: str, tiles: int, plan: Plan) -> Case:
     """
     tiles = min(tiles, spec.most_tiles)
     call = spec.make(tiles, plan.device, plan.dtype)
-    contenders = _contenders(spec, call, mode, tiles, plan)
-    checked = _check(contenders, spec, call, mode, plan)
+    contenders, checked = contenders_of(spec, call, mode, plan)
     _add_graph(contenders, call, mode, plan)
     ready = {c.impl: preparation(spec, c.run, call, mode) for c in contenders if c.run}
     memory = {name: peak_bytes(prepare, plan.device) for name, prepare in ready.items()}
@@ -313,7 +268,7 @@ def run_case(spec: OpSpec, mode: str, tiles: int, plan: Plan) -> Case:
     return Case(spec, mode, tiles, checked, outcomes, cost.flops, cost.least_bytes)
 
 
-def _add_graph(contenders: list[_Contender], call: Call, mode: str, plan: Plan) -> None:
+def _add_graph(contenders: list[Contender], call: Call, mode: str, plan: Plan) -> None:
     """Add our forward pass as a CUDA graph."""
     ours = contenders[0].run
     if plan.device.type != "cuda" or mode != "forward" or ours is None:
@@ -322,10 +277,10 @@ def _add_graph(contenders: list[_Contender], call: Call, mode: str, plan: Plan) 
         with torch.no_grad():
             replay = graph_of(lambda: ours(call.tensors, call.options))
     except RuntimeError as error:
-        reason = f"not captured: {str(error).strip().splitlines()[0][:200]}"
-        contenders.append(_Contender(GRAPHED, None, reason))
+        reason = f"not captured: {_first_line(error)}"
+        contenders.append(Contender(GRAPHED, None, reason))
         return
-    contenders.append(_Contender(GRAPHED, lambda tensors, options: replay()))
+    contenders.append(Contender(GRAPHED, lambda tensors, options: replay()))
 
 
 def device_name(device: torch.device) -> str:

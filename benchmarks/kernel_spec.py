@@ -34,6 +34,14 @@ class Call:
     options: Mapping[str, Any]
     sizes: Mapping[str, Any]
 
+    @property
+    def tiles(self) -> int:
+        """Tiles of the call, without a cls token; 0 for an op that has none."""
+        for name in ("rows", "tiles", "n"):
+            if name in self.sizes:
+                return int(self.sizes[name])
+        return int(sum(self.sizes["lengths"])) - 1 if "lengths" in self.sizes else 0
+
     def as_dtype(self, dtype: torch.dtype) -> Call:
         """Return the call with its floating point tensors, and its result, in another dtype."""
         options = dict(self.options)
@@ -64,7 +72,7 @@ class OpSpec:
     Attributes:
         op: Folder in `kernels/`.
         variant: What tells this spec from others of the op, or nothing.
-        make: `(tiles, device, dtype)` to a call.
+        make: `(tiles, device, dtype)` to a call; smaller sizes by keyword.
         ours: Runs the public function with the named implementation.
         reference: Runs the eager definition.
         wanted: Tensors whose gradients the backward mode computes; none: no backward mode.
@@ -74,7 +82,7 @@ class OpSpec:
     """
 
     op: str
-    make: Callable[[int, torch.device, torch.dtype], Call]
+    make: Callable[..., Call]
     ours: Callable[[Call, str], Run]
     reference: Run
     wanted: tuple[str, ...]
