@@ -176,7 +176,7 @@ def plot_results(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             if place % 2:
                 axes.axhspan(place - 0.5, place + 0.5, color=RULE, alpha=0.35, lw=0)
             _contenders(axes, place, members, looks)
-        axes.set(xscale="log", ylim=(len(groups) - 0.5, -0.5), xlabel="milliseconds (log)")
+        axes.set(xscale="log", ylim=(max(len(groups), 1) - 0.5, -0.5), xlabel="milliseconds (log)")
         axes.set_xlim(right=1.8 * max((row["p80_ms"] for row in rows), default=1.0))
         axes.set_yticks(range(len(groups)), [label for label, _ in groups], color=INK)
         axes.tick_params(axis="y", length=0)

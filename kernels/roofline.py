@@ -93,7 +93,7 @@ LAUNCHES: dict[str, tuple[int, int]] = {
     "extraction": (3, 5),
     "gated_pooling": (2, 3),
     "grouped_mlp": (2, 4),
-    "injection": (2, 5),
+    "injection": (2, 7),
     "position_embed": (1, 0),
     "tile_norm": (1, 0),
 }
