@@ -95,7 +95,7 @@ setup(
     package_data={
         "modaltune": ["py.typed", "templates/*"],
         "modaltune.kernels": ["configs/*.json"],
-        "modaltune.benchmarks": ["results/*.csv"],
+        "modaltune.benchmarks": ["results/*.csv", "cuda/*.cu", "cuda/*.cuh"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -20,6 +20,8 @@ from modaltune.cli_parts import (
     reports_errors,
 )
 
+from modaltune.benchmarks.command import bench_app
+
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
 
@@ -34,6 +36,7 @@ app = typer.Typer(
 )
 slides_app = typer.Typer(help="Look at slide files.", no_args_is_help=True)
 app.add_typer(slides_app, name="slides")
+app.add_typer(bench_app, name="bench")
 
 BaseMpp = Annotated[
     float | None,
