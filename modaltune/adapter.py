@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from modaltune.bottleneck import BottleneckAttention
 from modaltune.errors import InputError
 from modaltune.kernels import extract, inject
+from modaltune.recompute import again
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
 
@@ -44,64 +46,6 @@ class AdapterConfig(BaseModel):
         if self.bottleneck is not None and not 0 < self.bottleneck <= 1:
             raise ValueError(f"bottleneck must lie in (0, 1] or be None, got {self.bottleneck}")
         return self
-
-
-def _linear(out_features: int, in_features: int, gain: float = 1.0) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class BottleneckAttention(nn.Module):
-    """Multi-head attention of inner width E between streams of width D.
-
-    Queries go D -> E -> E, keys and values D -> E, the result E -> E -> D. Two linear maps in a row
-    are folded into one wherever they meet tiles: exact, and a quarter of the work. Without a
-    bottleneck E = D and the outer maps (`reduce`, `expand`) are absent.
-    """
-
-    def __init__(self, width: int, heads: int, bottleneck: float | None) -> None:
-        super().__init__()
-        inner = width if bottleneck is None else int(width * bottleneck)
-        if inner < 1 or inner % heads:
-            raise InputError(
-                f"adapter heads must divide the inner width {inner}, got {heads}; change heads or "
-                "the bottleneck"
-            )
-        self.heads = heads
-        self.reduce = None if bottleneck is None else _linear(inner, width)
-        self.expand = None if bottleneck is None else _linear(width, inner)
-        # Without a bottleneck the published three are one matrix [3D, D] when drawn: its Xavier
-        # bound, sqrt(6 / 4D), is smaller than that of a [D, D] by sqrt(1/2).
-        gain = math.sqrt(0.5) if bottleneck is None else 1.0
-        self.query = _linear(inner, inner, gain)
-        self.key = _linear(inner, width, gain)
-        self.value = _linear(inner, width, gain)
-        self.out = _linear(inner, inner)
-
-    def query_map(self) -> tuple[Tensor, Tensor]:
-        """Return the folded query projection: weight `[E, D]` and bias `[E]`."""
-        if self.reduce is None:
-            return self.query.weight, self.query.bias
-        weight = self.query.weight @ self.reduce.weight
-        return weight, F.linear(self.reduce.bias, self.query.weight, self.query.bias)
-
-    def output_map(self) -> tuple[Tensor, Tensor]:
-        """Return the folded output projection: weight `[D, E]` and bias `[D]`."""
-        if self.expand is None:
-            return self.out.weight, self.out.bias
-        weight = self.expand.weight @ self.out.weight
-        return weight, F.linear(self.out.bias, self.expand.weight, self.expand.bias)
-
-    def project_queries(self, x: Tensor) -> Tensor:
-        """Project `[..., D]` to queries `[..., E]` without folding (few rows)."""
-        return self.query(x if self.reduce is None else self.reduce(x))
-
-    def project_output(self, x: Tensor) -> Tensor:
-        """Project attended values `[..., E]` to `[..., D]` without folding (few rows)."""
-        x = self.out(x)
-        return x if self.expand is None else self.expand(x)
 
 
 class Injector(nn.Module):
@@ -184,13 +128,14 @@ class Extractor(nn.Module):
         The doubled `c` is the published residual inside plus the one outside.
         """
         queries = self.attn.project_queries(self.norm(modal) + positions)
+        kv_weight, kv_bias = self.attn.kv_map()
         attended = extract(
             queries,
             tokens.x,
             norm_weight=self.norm_kv.weight,
             norm_bias=self.norm_kv.bias,
-            kv_weight=torch.cat([self.attn.key.weight, self.attn.value.weight]),
-            kv_bias=torch.cat([self.attn.key.bias, self.attn.value.bias]),
+            kv_weight=kv_weight,
+            kv_bias=kv_bias,
             num_heads=self.attn.heads,
             offsets=tokens.offsets,
             num_prefix=tokens.num_prefix,
@@ -264,13 +209,60 @@ class InteractionBlock(nn.Module):
         modal: Tensor,
         positions: Tensor,
         key_mask: Tensor | None,
+        recompute: str = "none",
     ) -> tuple[SlideTokens, Tensor]:
-        """Return tile tokens after the blocks and modal tokens `[B, G, D]` after extraction."""
-        tokens = self.injector(tokens, modal, positions, key_mask)
-        tokens = encoder.blocks(tokens, self.first, self.last)
+        """Return tile tokens after the blocks and modal tokens `[B, G, D]` after extraction.
+
+        `recompute` says what the backward pass computes again: `none`, `layer` (the inside of the
+        injector, every block and every extractor) or `interaction` (that, and all between).
+        """
+        # Without the rows: who keeps the layout does not keep them.
+        layout = tokens.with_x(tokens.x.new_empty(0))
+        run = partial(self._interact, encoder, layout, key_mask, recompute != "none")
+        x, modal = again(recompute == "interaction", run, tokens.x, modal, positions)
+        return tokens.with_x(x), modal
+
+    def _interact(
+        self,
+        encoder: SlideEncoder,
+        layout: SlideTokens,
+        key_mask: Tensor | None,
+        parts: bool,
+        x: Tensor,
+        modal: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the interaction on rows `[M, D]`; with `parts` each part is computed again."""
+        inject_rows = partial(self._inject, layout, key_mask)
+        x = again(parts, inject_rows, x, modal, positions)
+        alone = [(n, n) for n in range(self.first, self.last + 1)]
+        for first, last in alone if parts else [(self.first, self.last)]:
+            x = again(parts, partial(self._run_blocks, encoder, layout, first, last), x)
         for extractor in self.extractors():
-            modal = extractor(modal, positions, tokens)
-        return tokens, modal
+            modal = again(parts, partial(self._extract, extractor, layout), x, modal, positions)
+        return x, modal
+
+    def _inject(
+        self,
+        layout: SlideTokens,
+        key_mask: Tensor | None,
+        x: Tensor,
+        modal: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        return self.injector(layout.with_x(x), modal, positions, key_mask).x
+
+    @staticmethod
+    def _run_blocks(
+        encoder: SlideEncoder, layout: SlideTokens, first: int, last: int, x: Tensor
+    ) -> Tensor:
+        return encoder.blocks(layout.with_x(x), first, last).x
+
+    @staticmethod
+    def _extract(
+        extractor: Extractor, layout: SlideTokens, x: Tensor, modal: Tensor, positions: Tensor
+    ) -> Tensor:
+        return extractor(modal, positions, layout.with_x(x))
 
 
 class ModalAdapter(nn.Module):
@@ -318,6 +310,7 @@ class ModalAdapter(nn.Module):
         key_mask: Tensor | None = None,
         self_mask: Tensor | None = None,
         with_tiles: Tensor | None = None,
+        recompute: str = "none",
     ) -> tuple[SlideTokens | None, Tensor]:
         """Run all interactions.
 
@@ -331,6 +324,7 @@ class ModalAdapter(nn.Module):
             self_mask: `[B, G, G]` bool, which token may see which; None for all.
             with_tiles: `[C]` indices of the cases in `tokens`, or None when all have tiles. Cases
                 without tiles skip injectors and extractors.
+            recompute: What the backward pass computes again (see `InteractionBlock`).
 
         Returns:
             Tile tokens and modal tokens after the last interaction.
@@ -342,9 +336,10 @@ class ModalAdapter(nn.Module):
             if tokens is None:
                 continue
             if with_tiles is None:
-                tokens, modal = block(encoder, tokens, modal, positions, key_mask)
+                tokens, modal = block(encoder, tokens, modal, positions, key_mask, recompute)
                 continue
             mask = None if key_mask is None else key_mask[with_tiles]
-            tokens, updated = block(encoder, tokens, modal[with_tiles], positions, mask)
+            seen = modal[with_tiles]
+            tokens, updated = block(encoder, tokens, seen, positions, mask, recompute)
             modal = modal.index_copy(0, with_tiles, updated)
         return tokens, modal

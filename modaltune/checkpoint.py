@@ -138,6 +138,7 @@ def load_run(
     *,
     device: str | torch.device = "cpu",
     extra_modalities: Mapping[str, Modality] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """Load a run folder, verified, in evaluation mode.
 
@@ -145,8 +146,11 @@ def load_run(
         folder: What `save_run`, training or `modaltune import-checkpoint` wrote.
         device: Where the model goes.
         extra_modalities: Fresh modules of the further modalities it was tuned with.
+        settings: Fields to change that leave the weights as they are, such as `recompute`
+            (`modaltune.config.SETTINGS`).
 
     Raises:
+        InputError: A setting does not exist or shapes the weights.
         CheckpointError: The folder is no complete run, is damaged, or needs other modules.
     """
     folder = Path(folder)
@@ -182,6 +186,7 @@ def load_run(
         projector = TextProjector(*described["projector"], seed=0)
         kept = {k.removeprefix(_PROJECTOR): t for k, t in state.items() if k.startswith(_PROJECTOR)}
         projector.load_state_dict(kept)
+    model.adjust(**(settings or {}))
     return Run(model.to(device).eval(), preprocessing, projector, described["info"])
 
 

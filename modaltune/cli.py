@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,49 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
     out_console.print(stage_table(report))
     for line in summary["written"]:
         out_console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@reports_errors
+def plan(
+    tiles: Annotated[int, typer.Option(min=2, help="Tiles of the largest case.")],
+    mode: Annotated[
+        Literal["forward", "train"] | None, typer.Option(help="One of the two; both if not set.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="GiB that may be used; what is free now if not set.", metavar="GIB"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda on a machine that has one.")] = "cpu",
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; the published size if not set.")
+    ] = None,
+    task_trunk: Annotated[
+        Literal["separate", "shared", "any"] | None,
+        typer.Option(help="Choose among these; that of the run (separate) if not set."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict peak memory of a forward pass and a training step, and say which setting fits.
+
+    Memory grows in a straight line with tiles. Settings trade it against time: task_trunk=shared
+    serves all tasks in one pass (another model: tune it that way); task_backward=sequential keeps
+    the activations of one task at a time; recompute=layer or interaction computes them again in
+    the backward pass. A few layers are run to count what they hold: some seconds. Exits 1 when
+    nothing fits.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler looks for a GPU, and complains
+    from modaltune import plan_report
+
+    report = plan_report.plan(
+        tiles, mode=mode, budget_gib=budget, device=device, run=run, task_trunk=task_trunk
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        report.render(out_console)
+    if not all(report.choice.values()):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

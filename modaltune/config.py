@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modaltune.adapter import AdapterConfig
+from modaltune.errors import InputError
 from modaltune.modalities import GeneConfig
 from modaltune.slide_encoders.longnet import LongNetConfig
 from modaltune.slide_encoders.titan import TitanConfig
@@ -16,6 +17,9 @@ PositionConvention = Literal["scaled", "reference"]
 
 GENERAL, DIAGNOSIS, SURVIVAL = "general", "diagnosis", "survival"
 PUBLISHED_TASKS = (GENERAL, DIAGNOSIS, SURVIVAL)
+
+# Fields that leave the weights as they are, so a model that exists may change them.
+SETTINGS = ("task_trunk", "task_packing", "task_dropout", "trunk_dropout", "recompute")
 
 
 class ModalTuneConfig(BaseModel):
@@ -39,7 +43,23 @@ class ModalTuneConfig(BaseModel):
     )
     trunk_dropout: bool = Field(True, description="dropout in the frozen trunk, as published")
     task_dropout: Literal["parity", "shared"] = Field(
-        "parity", description="dropout of modality encoders per task (published) or drawn once"
+        "parity",
+        description="dropout of tiles and modality encoders drawn per task (published) or once; "
+        "a shared trunk draws everything once",
+    )
+    task_trunk: Literal["separate", "shared"] = Field(
+        "separate",
+        description="separate: one pass of the trunk per task prompt (published); shared: one for "
+        "all, in which no other token attends to a task token",
+    )
+    task_packing: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="separate passes without gradients run as one, packed: where it saves time",
+    )
+    recompute: Literal["none", "layer", "interaction"] = Field(
+        "none",
+        description="what a training step computes again instead of keeping it: nothing; the "
+        "inside of every encoder block, injector and extractor; whole interactions, too",
     )
     random_backbone: bool = Field(
         False, description="the slide encoder is random, not pretrained; every output says so"
@@ -52,3 +72,23 @@ class ModalTuneConfig(BaseModel):
         if self.prompt_agg == "cls" and self.genes is None:
             raise ValueError("prompt_agg='cls' needs genes: the cls token stands before them")
         return self
+
+    def adjusted(self, **settings: Any) -> ModalTuneConfig:
+        """Return the configuration with other settings (`SETTINGS`), the weights' shapes untouched.
+
+        Raises:
+            InputError: A field shapes the weights, does not exist, or can't have the value.
+        """
+        fixed = sorted(set(settings) - set(SETTINGS))
+        if fixed:
+            raise InputError(
+                f"settings must be among {', '.join(SETTINGS)}, got {', '.join(fixed)}; what "
+                "shapes the weights is fixed when a model is built"
+            )
+        try:
+            return ModalTuneConfig.model_validate({**dict(self), **settings})
+        except ValidationError as error:
+            faults = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+            raise InputError(
+                f"settings must have values of the configuration, got {settings}: {faults}"
+            ) from error

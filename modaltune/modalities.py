@@ -8,6 +8,7 @@ is handed to `ModalTune(..., extra_modalities={"name": module})` and its values 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +213,6 @@ class TaskPrompts(nn.Module):
         nn.init.trunc_normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.embed.bias)
 
-    def forward(self, task: int) -> Tensor:
-        """Return the prompt `[D]` of one task."""
-        return self.norm(self.embed.weight[:, task] + self.embed.bias)
+    def forward(self, tasks: Sequence[int]) -> Tensor:
+        """Return the prompts `[K, D]` of some tasks."""
+        return self.norm(self.embed.weight.t()[list(tasks)] + self.embed.bias)

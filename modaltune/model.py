@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,15 @@ from modaltune.adapter import ModalAdapter
 from modaltune.batch import CaseBatch
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
+from modaltune.modal_stream import TASK, Encoded, Encodings, GradientCut, ModalTokens, assemble
 from modaltune.modalities import ClinicalModality, GeneModality, Modality, TaskPrompts
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.slide_encoders.titan import TitanEncoder
 
-TASK = "task"
+# Rows of all task prompts up to which separate passes run packed as one, without gradients.
+PACKED_ROWS_CPU = 1024
+PACKED_ROWS_GPU = 32768
 _RESERVED = {"slide", TASK, "genes", "clinical"}  # names of our own slots in the head
 
 
@@ -34,14 +37,6 @@ def set_impl(module: nn.Module, impl: str) -> None:
     for child in module.modules():
         if isinstance(getattr(child, "impl", None), str):
             setattr(child, "impl", impl)  # noqa: B010  (nn.Module types attributes as modules)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Tokens of one modality and which cases have it."""
-
-    tokens: Tensor  # [B, n, D]
-    present: Tensor  # [B] bool
 
 
 class ModalTune(nn.Module):
@@ -131,6 +126,15 @@ class ModalTune(nn.Module):
         """Choose the implementation of every kernel: auto, triton, cpu or reference."""
         set_impl(self, impl)
 
+    def adjust(self, **settings: Any) -> None:
+        """Change settings that leave the weights as they are, such as `task_trunk`.
+
+        Raises:
+            InputError: See `ModalTuneConfig.adjusted`.
+        """
+        self.config = self.config.adjusted(**settings)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> ModalTune:
         """Set training mode; the frozen trunk follows only under `trunk_dropout`."""
         super().train(mode)
@@ -141,7 +145,7 @@ class ModalTune(nn.Module):
         """Return every parameter that is tuned."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def encode_modalities(self, batch: CaseBatch) -> dict[str, _Encoded]:
+    def encode_modalities(self, batch: CaseBatch) -> dict[str, Encoded]:
         """Turn the values of every modality into tokens; absent values become masked tokens."""
         encoded = {}
         for name, module in self.each_modality().items():
@@ -152,7 +156,7 @@ class ModalTune(nn.Module):
                 )
             else:
                 tokens = module(values.to(self.modal_positions.dtype))
-            encoded[name] = _Encoded(tokens, present.to(tokens.device))
+            encoded[name] = Encoded(tokens, present.to(tokens.device))
         return encoded
 
     def embed_tiles(self, batch: CaseBatch) -> tuple[SlideTokens | None, Tensor | None]:
@@ -201,6 +205,38 @@ class ModalTune(nn.Module):
             )
         return wanted
 
+    def encode(self, batch: CaseBatch, kept: Encodings | None = None) -> Encodings:
+        """Embed the tiles and encode the modalities of a batch.
+
+        Args:
+            batch: B cases.
+            kept: Encodings of the same batch, made for an earlier pass. What dropout does not
+                touch, or touches once for all tasks (`task_dropout="shared"`), is taken from them.
+        """
+        parity = self.config.task_dropout == "parity"
+        if kept is None or (parity and self.slide_encoder.training):
+            tiles, with_tiles = self.embed_tiles(batch)
+        else:
+            tiles, with_tiles = kept.tiles, kept.with_tiles
+        if kept is None or (parity and self.training):
+            modalities: Mapping[str, Encoded] = self.encode_modalities(batch)
+        else:
+            modalities = kept.modalities
+        return Encodings(batch.num_cases, tiles, with_tiles, modalities)
+
+    def _passes(self, wanted: Sequence[int], rows: int) -> list[Sequence[int]]:
+        """Return the tasks of each pass of the trunk."""
+        if self.config.task_trunk == "shared":
+            return [wanted]
+        if self.training or torch.is_grad_enabled():
+            return [[task] for task in wanted]  # dropout of each its own, activations of one alive
+        packing = self.config.task_packing
+        if packing == "auto":
+            is_gpu = self.modal_positions.is_cuda
+            fits = rows * len(wanted) <= (PACKED_ROWS_GPU if is_gpu else PACKED_ROWS_CPU)
+            packing = "always" if fits else "never"
+        return [wanted] if packing == "always" else [[task] for task in wanted]
+
     def forward(self, batch: CaseBatch, tasks: Sequence[int] | None = None) -> Tensor:
         """Return raw embeddings `[B, T, out_features]`, one per case and task asked for.
 
@@ -212,56 +248,72 @@ class ModalTune(nn.Module):
             InputError: The batch does not fit the model, a tile lies outside the encoder's grid
                 (the message names the case), or a task does not exist.
         """
+        return torch.cat([outputs for _, outputs in self.each_pass(batch, tasks)], dim=1)
+
+    def each_pass(
+        self, batch: CaseBatch, tasks: Sequence[int] | None = None, *, backward: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Run the trunk pass after pass: once for every task, or once for all on a shared trunk.
+
+        Args:
+            batch: Packed tiles and the modalities of B cases.
+            tasks: Indices of the task prompts to run; all unless given.
+            backward: Every pass gets a graph of its own: pull back a loss of its outputs before
+                asking for the next, and never hold two. The gradient of modality tokens that
+                several passes share is collected, and pulled through their encoders once, after
+                the last of these passes; so exhaust the iterator.
+
+        Yields:
+            The tasks of a pass as a slice of those asked for, and their embeddings
+            `[B, t, out_features]`.
+
+        Raises:
+            InputError: As `forward`.
+        """
         batch.check(self)
         wanted = self._wanted_tasks(tasks)
-        parity = self.training and self.config.task_dropout == "parity"
-        embedded = None if parity else self.embed_tiles(batch)
-        encoded = None if parity else self.encode_modalities(batch)
-        outputs = []
-        for task in wanted:
-            tokens, with_tiles = embedded or self.embed_tiles(batch)
-            outputs.append(
-                self._run_task(
-                    task, tokens, with_tiles, encoded or self.encode_modalities(batch), batch
-                )
-            )
-        return torch.stack(outputs, dim=1)
+        encodings: Encodings | None = None
+        cut: GradientCut | None = None
+        done = 0
+        for group in self._passes(wanted, batch.tiles.shape[0]):
+            encodings = self.encode(batch, encodings)
+            given = encodings
+            if backward:
+                if cut is None or cut.whole is not encodings.modalities:
+                    if cut is not None:
+                        cut.pull()
+                    cut = GradientCut(encodings)
+                given = cut.applied(encodings)
+            yield slice(done, done + len(group)), self._run_pass(group, given)
+            done += len(group)
+        if cut is not None:
+            cut.pull()
 
-    def _run_task(
-        self,
-        task: int,
-        tokens: SlideTokens | None,
-        with_tiles: Tensor | None,
-        encoded: Mapping[str, _Encoded],
-        batch: CaseBatch,
-    ) -> Tensor:
-        cases = batch.num_cases
-        parts, seen = [], []
-        for name, span in self.spans.items():
-            if name == TASK and self.task_prompts is not None:
-                part = self.task_prompts(task).expand(cases, 1, -1)
-                present = torch.ones(cases, dtype=torch.bool, device=part.device)
-            else:
-                part, present = encoded[name].tokens, encoded[name].present
-            parts.append(part)
-            seen.append(present.unsqueeze(1).expand(-1, span.stop - span.start))
-        width = self.slide_encoder.width
-        modal = (
-            torch.cat(parts, dim=1) if parts else self.modal_positions.new_zeros(cases, 0, width)
-        )
-        mask = torch.cat(seen, dim=1) if seen else None
-        if mask is None or bool(mask.all()):
-            mask = None
-        tokens, modal = self.adapter(
+    def _run_pass(self, tasks: Sequence[int], encodings: Encodings) -> Tensor:
+        """Run the trunk once for some tasks; return `[B, t, out_features]`."""
+        shared = self.config.task_trunk == "shared"
+        cases, copies = encodings.num_cases, 1 if shared else len(tasks)
+        prompts = None if self.task_prompts is None else self.task_prompts(tasks)
+        if prompts is not None and shared:
+            prompts = prompts.expand(cases, -1, -1)
+        elif prompts is not None:
+            prompts = prompts.repeat_interleave(cases, dim=0).unsqueeze(1)
+        encodings = encodings.repeated(copies)
+        modal = assemble(encodings, prompts, self.spans, self.modal_positions, hide_prompts=shared)
+        tiles, tokens = self.adapter(
             self.slide_encoder,
-            tokens,
-            modal,
-            self.modal_positions,
-            key_mask=mask,
-            self_mask=None if mask is None else mask.unsqueeze(1).expand(-1, mask.shape[1], -1),
-            with_tiles=with_tiles,
+            encodings.tiles,
+            modal.tokens,
+            modal.positions,
+            key_mask=modal.key_mask,
+            self_mask=modal.self_mask,
+            with_tiles=encodings.with_tiles,
+            recompute=self.config.recompute,
         )
-        return self._head(tokens, with_tiles, modal, mask)
+        slide = self._slide_slot(tiles, encodings.with_tiles, encodings.num_cases)
+        out = self._head(slide, modal.with_tokens(tokens))  # [copies B, t or 1, out]
+        out = out.unflatten(0, (copies, cases)).transpose(0, 1)
+        return out.flatten(1, 2)  # [B, t, out]
 
     def _slide_slot(
         self, tokens: SlideTokens | None, with_tiles: Tensor | None, cases: int
@@ -279,25 +331,22 @@ class ModalTune(nn.Module):
             pooled = self.slide_encoder.pool(tokens)
         return pooled if with_tiles is None else zeros.index_copy(0, with_tiles, pooled)
 
-    def _head(
-        self,
-        tokens: SlideTokens | None,
-        with_tiles: Tensor | None,
-        modal: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        slots = {"slide": self._slide_slot(tokens, with_tiles, modal.shape[0])}
+    def _head(self, slide: Tensor, modal: ModalTokens) -> Tensor:
+        """Return `[B, k, out_features]` of slide vectors `[B, D]` and a pass of k task tokens."""
+        slots = {"slide": slide.unsqueeze(1)}
         encoders = self.each_modality()
-        for name, span in self.spans.items():
-            own = modal[:, span]
-            slot = own[:, 0] if name == TASK else encoders[name].summarise(own)
-            if mask is not None:
-                slot = torch.where(mask[:, span][:, :1], slot, torch.zeros_like(slot))
+        for name, span in modal.spans.items():
+            own = modal.tokens[:, span]
+            slot = own if name == TASK else encoders[name].summarise(own).unsqueeze(1)
+            if modal.present is not None:
+                seen = modal.present[:, span][:, :1, None]
+                slot = torch.where(seen, slot, torch.zeros_like(slot))
             slots[name] = slot
         order = ["slide", *(n for n in (TASK, "genes", "clinical") if n in slots)]
         order += [name for name in slots if name not in order]
-        if self.config.token_agg == "cat":
-            joined = torch.cat([slots[name] for name in order], dim=1)
-        else:
-            joined = torch.stack([slots[name] for name in order]).sum(0)
+        prompts = max(slot.shape[1] for slot in slots.values())
+        each = [slots[name].expand(-1, prompts, -1) for name in order]
+        joined = (
+            torch.cat(each, dim=2) if self.config.token_agg == "cat" else torch.stack(each).sum(0)
+        )
         return self.head_project(self.head_norm(joined))

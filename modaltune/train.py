@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +32,11 @@ class TrainConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, description="of the distillation softmax")
     loss_factor: float = Field(10.0, gt=0, description="weight of the distillation loss")
     cases_per_step: int = Field(1, gt=0, description="cases per optimiser step; published: 1")
+    task_backward: Literal["sequential", "joint"] = Field(
+        "sequential",
+        description="sequential: backward after each pass of the trunk, so that the activations "
+        "of one live at a time; joint: after all",
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -84,6 +89,49 @@ def compute_loss(
     return outputs, loss.mean()
 
 
+def accumulate_gradients(
+    model: ModalTune, batch: CaseBatch, targets: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of `compute_loss` to the weights' and return what it returns, detached.
+
+    The loss is a sum over tasks, so `task_backward="sequential"` pulls each pass of the trunk back
+    before the next one starts: the same gradient to rounding, in the memory of one pass.
+
+    Raises:
+        InputError: The loss is not finite; the weights hold no gradient then.
+    """
+    if config.task_backward == "joint":
+        outputs, loss = compute_loss(model, batch, targets, config)
+        _check_finite(model, batch, loss)
+        loss.backward()
+        return outputs.detach(), loss.detach()
+    parts: list[Tensor] = []
+    dtype = torch.float32
+    total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    for columns, outputs in model.each_pass(batch, backward=True):
+        loss = distillation_loss(
+            outputs, targets[:, columns], config.temperature, config.loss_factor
+        ).mean()
+        _check_finite(model, batch, loss)
+        loss.backward()
+        parts.append(outputs.detach())
+        dtype = loss.dtype
+        total += loss.detach()
+        del outputs, loss  # their graph would outlive the next pass
+    return torch.cat(parts, dim=1), total.to(dtype)
+
+
+def _check_finite(model: ModalTune, batch: CaseBatch, loss: Tensor) -> None:
+    if bool(torch.isfinite(loss)):
+        return
+    model.zero_grad(set_to_none=True)
+    ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
+    raise InputError(
+        f"loss must be finite, got {loss.item()} on case(s) {ids}; check their features and "
+        "targets, or lower the learning rate"
+    )
+
+
 def train_step(
     model: ModalTune,
     optimizer: torch.optim.Optimizer,
@@ -97,16 +145,9 @@ def train_step(
         InputError: The loss is not finite; the weights are untouched.
     """
     optimizer.zero_grad(set_to_none=True)
-    outputs, loss = compute_loss(model, batch, targets, config)
-    if not bool(torch.isfinite(loss)):
-        ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
-        raise InputError(
-            f"loss must be finite, got {loss.item()} on case(s) {ids}; check their features and "
-            "targets, or lower the learning rate"
-        )
-    loss.backward()
+    outputs, loss = accumulate_gradients(model, batch, targets, config)
     optimizer.step()
-    return outputs.detach(), loss.detach()
+    return outputs, loss
 
 
 def fit(

@@ -271,6 +271,8 @@ def oracle(w: dict[str, Tensor], o: dict[str, Any], case: dict[str, Tensor], tas
     names = [name for name, _ in named]
     pe = w["gene_pe"][[name in names for name in every]]
     c = torch.stack([row for _, row in named]) if named else torch.zeros(0, o["embed_dim"])
+    hidden = "task" if o.get("task_trunk") == "shared" else None
+    shown = [i for i, name in enumerate(names) if name != hidden]
     x = cls = None
     if "tiles" in case:
         where = torch.stack([place(p, o) for p in case["coords"]])
@@ -283,12 +285,18 @@ def oracle(w: dict[str, Tensor], o: dict[str, Any], case: dict[str, Tensor], tas
         if n > 0 and o["use_prompt_sa"] and len(c):
             at = f"prompt_selfattention.{n}."
             normed = ln(w, f"{at}norm", c)
-            c = c + mha(w, at, "self_attn", o, normed + pe, normed + pe, normed)
+            rows = []
+            for i in range(len(c)):  # METHOD 8: a hidden token is seen by itself alone
+                seen = sorted({*shown, i})
+                keys = normed[seen] + pe[seen]
+                query = (normed + pe)[i : i + 1]
+                rows.append(mha(w, at, "self_attn", o, query, keys, normed[seen]))
+            c = c + torch.cat(rows)
         if x is None:
             continue
         at = f"interactions.{n}."
-        if len(c):
-            kv = ln(w, f"{at}injector.attn.norm_kq", c) + pe
+        if shown:
+            kv = ln(w, f"{at}injector.attn.norm_kq", c[shown]) + pe[shown]
             query = ln(w, f"{at}injector.attn.norm", x)
             seen = mha(w, f"{at}injector.attn.", "multihead_attn", o, query, kv, kv)
             x = x + w[f"{at}injector.gamma"] * (x + seen)

@@ -143,7 +143,8 @@ def test_missing_parts_are_left_out_of_the_case(folder: Path) -> None:
     assert bool(torch.isfinite(both).all())
     assert torch.equal(both[1:], run.embed([unknown]))
     assert run.embed([]).shape == (0, 3, 10)
-    assert torch.equal(run.embed([image], tasks=[2]), both[:1, [2]])
+    # Another number of rows in a product may round otherwise.
+    torch.testing.assert_close(run.embed([image], tasks=[2]), both[:1, [2]])
     with pytest.raises(InputError, match="case P must have tiles, genes or another modality"):
         run.embed([run.case("P")])
 

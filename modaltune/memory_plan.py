@@ -1,0 +1,209 @@
+"""Peak memory of a forward pass and of a training step, from tiles and settings, before running.
+
+`modaltune plan` prints it. The formulas stand in docs/memory.md; their terms are counted on a small
+run of the model's parts (`modaltune.memory_probe`), so they follow whatever the layers do.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from modaltune.errors import InputError
+from modaltune.memory_probe import Parts, count_parts
+from modaltune.model import ModalTune
+
+Mode = Literal["forward", "train"]
+MODES: tuple[Mode, ...] = ("forward", "train")
+TRUNKS = ("separate", "shared")
+RECOMPUTE = ("none", "layer", "interaction")
+# A step's work in passes of the trunk: one forward, about two backward; what is computed again.
+_BACKWARD_PASSES, _AGAIN = 2, {"none": 0, "layer": 1, "interaction": 2}
+
+_IMPORT = (
+    "from modaltune.train import train_step; from modaltune.testing import peak_memory_mib; "
+    "print(peak_memory_mib())"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a model."""
+
+    mode: Mode
+    task_trunk: str = "separate"
+    task_backward: str = "sequential"
+    recompute: str = "none"
+
+    def passes(self, tasks: int) -> int:
+        """Return how often the trunk runs forward for a case."""
+        return 1 if self.task_trunk == "shared" else tasks
+
+    def trunk_passes(self, tasks: int) -> int:
+        """Return the work of a case in forward passes of the trunk; a backward pass counts two."""
+        if self.mode == "forward":
+            return self.passes(tasks)
+        return self.passes(tasks) * (1 + _BACKWARD_PASSES + _AGAIN[self.recompute])
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the fields as JSON values; those of training only for a training step."""
+        kept = {"mode": self.mode, "task_trunk": self.task_trunk}
+        if self.mode == "train":
+            kept |= {"task_backward": self.task_backward, "recompute": self.recompute}
+        return kept
+
+
+def settings(mode: Mode, tasks: int) -> Iterator[Setting]:
+    """Yield every setting of a mode, the cheapest in time first; at equal time the leaner first."""
+    if mode == "forward":
+        yield from (
+            Setting(mode, trunk)
+            for trunk in (("shared", "separate") if tasks > 1 else ("separate",))
+        )
+        return
+    for trunk in ("shared", "separate") if tasks > 1 else ("separate",):
+        for recompute in RECOMPUTE:
+            yield Setting(mode, trunk, "sequential", recompute)
+            if trunk == "separate" and tasks > 1:
+                yield Setting(mode, trunk, "joint", recompute)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A setting, the peak memory predicted for it, and whether that fits the budget."""
+
+    setting: Setting
+    peak_mib: float
+    trunk_passes: int
+    fits: bool | None  # None without a budget
+
+
+class MemoryPlan:
+    """Predicts peak memory of one model on its device.
+
+    Args:
+        model: The model; left in evaluation mode, without gradients.
+        tiles: Tiles of the case to plan for.
+        process_mib: Memory of the process before it builds the model; measured unless given.
+    """
+
+    def __init__(self, model: ModalTune, tiles: int, process_mib: float | None = None) -> None:
+        self.tiles, self.tasks = tiles, len(model.config.tasks)
+        self.parts: Parts = count_parts(model, tiles)
+        interactions = model.adapter.interactions()
+        self.interactions = len(interactions)
+        self.ranges = [block.last - block.first + 1 for block in interactions]
+        self.extractors = [len(block.extractors()) for block in interactions]
+        is_gpu = model.modal_positions.is_cuda
+        given = 0.0 if is_gpu else measured_process_mib() if process_mib is None else process_mib
+        self.process = given * 2**20
+        state = [*model.parameters(), *model.buffers()]
+        self.weights = sum(t.nbytes for t in state)
+        tuned = [t.nbytes for t in model.trainable_parameters()]
+        self.tuned, self.largest = sum(tuned), max(tuned)
+        itemsize = model.modal_positions.element_size()
+        self.inputs = tiles * (model.slide_encoder.in_features * itemsize + 16)
+
+    def peak_mib(self, setting: Setting) -> float:
+        """Return the predicted peak of a fresh process (of the device, on a GPU) in MiB."""
+        fixed = self.process + self.weights + self.inputs
+        if setting.mode == "forward":
+            return (fixed + self._forward()) / 2**20
+        fixed += 2 * self.tuned  # both moments of AdamW
+        several = setting.task_backward == "sequential" and setting.passes(self.tasks) > 1
+        backward = self._train(setting) + several * self.tuned
+        step = self.tuned + 2 * self.largest  # gradients, and two tensors of the update
+        return (fixed + max(backward, step)) / 2**20
+
+    def _forward(self) -> float:
+        n, parts = self.tiles, self.parts
+        row = parts.tokens.at(n)
+        between = max(
+            parts.injector.plain.at(n),
+            (1 + (max(self.ranges) > 1)) * row + parts.layer.plain.at(n),
+            row + parts.extractor.plain.at(n),
+        )
+        held = row + (self.interactions > 1) * row  # embedded tiles, input of the interaction
+        return max(held + between, parts.embed.at(n), row + parts.modalities.plain.at(n))
+
+    def _train(self, setting: Setting) -> float:
+        n, parts = self.tiles, self.parts
+        row, layers = parts.tokens.at(n), sum(self.ranges)
+        trunk = (parts.layer, parts.injector, parts.extractor)
+        highest = max(part.peak.at(n) for part in trunk)
+        kept = setting.passes(self.tasks) if setting.task_backward == "joint" else 1
+        ends = parts.modalities.held.at(n)
+        if setting.recompute == "none":
+            last = self.extractors[-1] * parts.extractor.held.at(n)
+            held = (
+                layers * parts.layer.held.at(n)
+                + self.interactions * parts.injector.held.at(n)
+                + sum(self.extractors) * parts.extractor.held.at(n)
+            )
+            layer, extractor = (
+                part.peak.at(n) - part.held.at(n) for part in (parts.layer, parts.extractor)
+            )
+            inside = row + kept * held + max(extractor, layer - last)
+        elif setting.recompute == "layer":
+            inside = row + kept * (self.interactions + layers) * row + highest
+        else:
+            again = (1 + max(self.ranges)) * row
+            inside = row + kept * (self.interactions - 1) * row + again + highest
+        return max(inside + ends, row + parts.modalities.peak.at(n))
+
+    def table(
+        self, modes: Sequence[Mode] = MODES, budget_mib: float | None = None
+    ) -> list[Planned]:
+        """Return every setting with its prediction, the cheapest in time first within a mode."""
+        rows = []
+        for mode in modes:
+            for setting in settings(mode, self.tasks):
+                peak = self.peak_mib(setting)
+                fits = None if budget_mib is None else peak <= budget_mib
+                rows.append(Planned(setting, peak, setting.trunk_passes(self.tasks), fits))
+        return sorted(rows, key=lambda r: (modes.index(r.setting.mode), r.trunk_passes, r.peak_mib))
+
+
+def cheapest(rows: Sequence[Planned], mode: Mode, trunks: Sequence[str]) -> Planned | None:
+    """Return the first setting of a mode that fits, among some forms of the trunk."""
+    for row in rows:
+        if row.setting.mode == mode and row.setting.task_trunk in trunks and row.fits is not False:
+            return row
+    return None
+
+
+def measured_process_mib() -> float:
+    """Return the peak memory of a fresh process that imports what training imports, in MiB.
+
+    Raises:
+        InputError: The process failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"a fresh Python must import modaltune, got: {last}; see modaltune doctor")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device that is here.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device must be cpu or cuda, got {name}; give one of them") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device must be one of this machine, got {name} without a GPU; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu or cuda, got {name}; give one of them")
+    return device
