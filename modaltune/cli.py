@@ -272,17 +272,21 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
 def golden(
     folder: Annotated[Path, typer.Argument(help="Folder of golden cases.", metavar="DIR")],
     impl: Annotated[Impl, typer.Option(help="Implementation of the kernels.")] = "auto",
+    every: Annotated[
+        bool, typer.Option("--all", help="Print every tensor, not the worst of each group.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare every tensor of golden cases with the published model; exit 1 on any miss."""
-    from modaltune.golden import render, run_folder, to_json
+    from modaltune.golden import run_folder
+    from modaltune.golden_report import render, to_json
 
     rows = run_folder(folder, impl)
     result = to_json(rows)
     if as_json:
         _print_json(result)
     else:
-        render(rows, out_console)
+        render(rows, out_console, every=every)
     if not result["ok"]:
         raise typer.Exit(FAILED)
 
