@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
@@ -80,7 +81,8 @@ def reports_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            err_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            message = escape(str(error))
+            err_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
             raise typer.Exit(FAILED) from error
 
     return wrapped  # type: ignore[return-value]
@@ -263,8 +265,12 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
 
     out_console.print(outcome_table(report))
     out_console.print(stage_table(report))
+    for kind, count in summary.get("cases_by_modalities", {}).items():
+        out_console.print(f"{count} cases embedded from {kind}", highlight=False)
+    if summary.get("random_backbone"):
+        out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     for line in summary["written"]:
-        out_console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+        out_console.print(f"wrote {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -330,7 +336,7 @@ def import_checkpoint(
         _print_json(result)
     else:
         for name, value in result.items():
-            out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+            out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
