@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -18,7 +17,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
 
-FAILED = 1
+FAILED, INTERRUPTED = 1, 130
 
 app = typer.Typer(
     name="modaltune",
@@ -84,6 +83,9 @@ def reports_errors(command: Command) -> Command:
             message = escape(str(error))
             err_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt:
+            err_console.print("interrupted; finished work is kept, run the same command to go on")
+            raise typer.Exit(INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
 
@@ -339,19 +341,9 @@ def import_checkpoint(
             out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        err_console.print("interrupted; finished work is kept, run the same command to go on")
-        raise SystemExit(130) from None
-
-
 def main() -> None:
     """Run the command line (the `modaltune` script)."""
-    with _interrupts():
-        app()
+    app()
 
 
 if __name__ == "__main__":

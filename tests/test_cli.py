@@ -276,6 +276,16 @@ def test_genes_with_gaps_and_unknown_genes(tmp_path: Path, trained: Path) -> Non
     assert "EGFR" in message
 
 
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modaltune.embedding.embed_request", interrupted)
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "run the same command to go on" in said(result)
+
+
 def test_tables_of_other_cases(tmp_path: Path, trained: Path) -> None:
     other = table([[1.0, 2.0, 3.0]], GENES).set_axis(["TCGA-1"])
     message = refused(tmp_path / "other", trained, other)
