@@ -6,6 +6,7 @@ Only tags are read here, through tifffile; no pixel is decoded.
 from __future__ import annotations
 
 import lzma
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 13: 4, 16: 8, 17: 8, 18: 8}
 _DATA_TAGS = (273, 279, 324, 325, 347)
 _SUBIFDS_TAG = 330
 _UNIT_INCH, _UNIT_CENTIMETRE = 2, 3
+# Both letters mu; ImageJ writes the words.
+_UNIT_MICRONS = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0}
+_UNIT_MICRONS |= {"mm": 1e3, "cm": 1e4, "nm": 1e-3}
+# Attributes are read one by one, not through an XML parser: the text is a stranger's.
+_OME_PIXELS = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
+_ATTRIBUTE = re.compile(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']")
 _MICRONS = {_UNIT_INCH: 25_400.0, _UNIT_CENTIMETRE: 10_000.0}
 
 
@@ -118,6 +125,19 @@ class TiffTags:
                     return None
         return None
 
+    def described_mpp(self) -> tuple[float, float] | None:
+        """Microns per pixel along x and y from the text of OME-TIFF or ImageJ, if it says so."""
+        if pixels := _OME_PIXELS.search(self.description):
+            stated = dict(_ATTRIBUTE.findall(pixels[1]))
+            found = [_ome_microns(stated, axis) for axis in "XY"]
+            return None if None in found else (found[0] or 0.0, found[1] or 0.0)
+        if self.description.startswith("ImageJ="):
+            stated = dict(re.findall(r"^(\w+)=(.*)$", self.description, re.MULTILINE))
+            unit = _UNIT_MICRONS.get(stated.get("unit", "").strip().replace("\\u00B5", "µ"))
+            x, y = self.resolution
+            return None if unit is None or not (x > 0 and y > 0) else (unit / x, unit / y)
+        return None
+
     def resolution_mpp(self) -> tuple[float, float] | None:
         """Microns per pixel along x and y from the resolution tags, None without a unit."""
         microns = _MICRONS.get(self.resolution_unit)
@@ -125,6 +145,15 @@ class TiffTags:
         if microns is None or not (x > 0 and y > 0):
             return None
         return microns / x, microns / y
+
+
+def _ome_microns(stated: dict[str, str], axis: str) -> float | None:
+    """Return OME's physical size along an axis in microns, its default unit."""
+    unit = _UNIT_MICRONS.get(stated.get(f"PhysicalSize{axis}Unit", "µm"))
+    try:
+        return float(stated[f"PhysicalSize{axis}"]) * unit if unit is not None else None
+    except (KeyError, ValueError):
+        return None
 
 
 def is_tiff(path: Path) -> bool:

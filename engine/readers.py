@@ -274,7 +274,7 @@ def _metadata_mpp(tags: TiffTags | None, backend: Backend) -> tuple[float, float
     aperio = tags.aperio_mpp() if tags else None
     if aperio is not None:
         return aperio, aperio
-    found = backend.metadata_mpp()
+    found = (tags.described_mpp() if tags else None) or backend.metadata_mpp()
     if found is None and tags is not None and not tags.is_aperio:
         found = tags.resolution_mpp()
     return None if found is None or _is_placeholder(found) else found

@@ -18,7 +18,7 @@ from modaltune.engine.encoders.torch_runtime import TileEncoder
 from modaltune.engine.errors import InputError
 from modaltune.engine.overlay import write_overlay
 from modaltune.engine.profile import StageTimer
-from modaltune.engine.readers import SlideReader, open_slide
+from modaltune.engine.readers import MIN_MPP, SlideReader, open_slide
 from modaltune.engine.store import (
     TileFeatures,
     feature_recipe,
@@ -32,6 +32,7 @@ from modaltune.engine.tissue import find_tissue
 logger = logging.getLogger(__name__)
 
 READ_TILES = 64  # tiles decoded before each call of the encoder: 12 MB of 256-px RGB
+MAX_TILE_MPP, MAX_TILE_PX = 100.0, 8192  # beyond, an option was mistyped
 
 Status = Literal["done", "empty", "kept", "failed"]
 
@@ -48,6 +49,9 @@ class EmbedOptions:
         dtype: Type of the stored features.
         reader: One slide reader only, or None to probe.
         overlays: Whether to write a picture of mask and tiles beside the features.
+
+    Raises:
+        InputError: A resolution or a size that no tile has.
     """
 
     mpp: float = 0.5
@@ -57,6 +61,18 @@ class EmbedOptions:
     dtype: Literal["float32", "float16"] = "float32"
     reader: str | None = None
     overlays: bool = True
+
+    def __post_init__(self) -> None:
+        if not MIN_MPP <= self.mpp <= MAX_TILE_MPP:
+            raise InputError(
+                f"--mpp must lie in {MIN_MPP}..{MAX_TILE_MPP:g} microns per pixel of a tile, got "
+                f"{self.mpp}; the published model takes 0.5"
+            )
+        if not 1 <= self.tile_px <= MAX_TILE_PX:
+            raise InputError(
+                f"--tile-px must lie in 1..{MAX_TILE_PX}, got {self.tile_px}; the published model "
+                "takes 256"
+            )
 
 
 @dataclass(frozen=True)

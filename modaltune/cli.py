@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from modaltune.benchmarks.command import bench_app
+from modaltune.cli_measure import plan, profile
 from modaltune.cli_parts import (
     FAILED,
     JsonFlag,
@@ -20,8 +19,6 @@ from modaltune.cli_parts import (
     print_json,
     reports_errors,
 )
-
-from modaltune.benchmarks.command import bench_app
 
 if TYPE_CHECKING:
     from modaltune.engine.stream import EmbedReport
@@ -246,51 +243,16 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
 
     out_console.print(outcome_table(report))
     out_console.print(stage_table(report))
+    for kind, count in summary.get("cases_by_modalities", {}).items():
+        out_console.print(f"{count} cases embedded from {kind}", highlight=False)
+    if summary.get("random_backbone"):
+        out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     for line in summary["written"]:
-        out_console.print(f"wrote {line}", highlight=False, soft_wrap=True)
+        out_console.print(f"wrote {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command()
-@reports_errors
-def plan(
-    tiles: Annotated[int, typer.Option(min=2, help="Tiles of the largest case.")],
-    mode: Annotated[
-        Literal["forward", "train"] | None, typer.Option(help="One of the two; both if not set.")
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(help="GiB that may be used; what is free now if not set.", metavar="GIB"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda on a machine that has one.")] = "cpu",
-    run: Annotated[
-        Path | None, typer.Option(help="Run folder; the published size if not set.")
-    ] = None,
-    task_trunk: Annotated[
-        Literal["separate", "shared", "any"] | None,
-        typer.Option(help="Choose among these; that of the run (separate) if not set."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Predict peak memory of a forward pass and a training step, and say which setting fits.
-
-    Memory grows in a straight line with tiles. Settings trade it against time: task_trunk=shared
-    serves all tasks in one pass (another model: tune it that way); task_backward=sequential keeps
-    the activations of one task at a time; recompute=layer or interaction computes them again in
-    the backward pass. A few layers are run to count what they hold: some seconds. Exits 1 when
-    nothing fits.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler looks for a GPU, and complains
-    from modaltune import plan_report
-
-    report = plan_report.plan(
-        tiles, mode=mode, budget_gib=budget, device=device, run=run, task_trunk=task_trunk
-    )
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        report.render(out_console)
-    if not all(report.choice.values()):
-        raise typer.Exit(FAILED)
+for measured in (plan, profile):
+    app.command()(measured)
 
 
 @app.command()
@@ -298,17 +260,21 @@ def plan(
 def golden(
     folder: Annotated[Path, typer.Argument(help="Folder of golden cases.", metavar="DIR")],
     impl: Annotated[Impl, typer.Option(help="Implementation of the kernels.")] = "auto",
+    every: Annotated[
+        bool, typer.Option("--all", help="Print every tensor, not the worst of each group.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare every tensor of golden cases with the published model; exit 1 on any miss."""
-    from modaltune.golden import render, run_folder, to_json
+    from modaltune.golden import run_folder
+    from modaltune.golden_report import render, to_json
 
     rows = run_folder(folder, impl)
     result = to_json(rows)
     if as_json:
         print_json(result)
     else:
-        render(rows, out_console)
+        render(rows, out_console, every=every)
     if not result["ok"]:
         raise typer.Exit(FAILED)
 
@@ -352,22 +318,12 @@ def import_checkpoint(
         print_json(result)
     else:
         for name, value in result.items():
-            out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        err_console.print("interrupted; finished work is kept, run the same command to go on")
-        raise SystemExit(130) from None
+            out_console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:
     """Run the command line (the `modaltune` script)."""
-    with _interrupts():
-        app()
+    app()
 
 
 if __name__ == "__main__":

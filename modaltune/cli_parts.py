@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-FAILED = 1
+FAILED, INTERRUPTED = 1, 130
 
 out_console = Console()
 err_console = Console(stderr=True)
@@ -30,8 +31,12 @@ def reports_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            err_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            message = escape(str(error))
+            err_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt:
+            err_console.print("interrupted; finished work is kept, run the same command to go on")
+            raise typer.Exit(INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
 

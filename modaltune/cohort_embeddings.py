@@ -74,6 +74,11 @@ def _without_features(case: Case) -> Case:
     return replace(case, slides=tuple(slides))
 
 
+def case_modalities(case: Case) -> list[str]:
+    """Return what a case's embedding is made of: "slide" if it has tiles, then other inputs."""
+    return (["slide"] if any(len(s) for s in case.slides) else []) + sorted(case.values)
+
+
 def alike_share(embeddings: Tensor) -> float | None:
     """Return the share of pairs of rows `[N, D]` with cosine > 0.98; None for fewer than two."""
     count = embeddings.shape[0]
@@ -97,8 +102,7 @@ def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -
         name: [] for name in ("case_id", "task", "modalities", "slides", "tiles")
     }
     for case in embeddings.cases:
-        tiles = sum(len(slide) for slide in case.slides)
-        used = (["slide"] if tiles else []) + sorted(case.values)
+        tiles, used = sum(len(slide) for slide in case.slides), case_modalities(case)
         for task in tasks:
             rows["case_id"].append(case.case_id)
             rows["task"].append(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from modaltune.engine.stream import EmbedReport
@@ -14,11 +15,11 @@ STATUS_STYLE = {"done": "green", "kept": "cyan", "empty": "yellow", "failed": "b
 
 def slide_table(info: Mapping[str, Any]) -> Table:
     """Return what `slide_info` found about one slide, or why it can't be read."""
-    table = Table(title=info["path"], show_header=False, title_justify="left")
+    table = Table(title=escape(info["path"]), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     if "error" in info:
-        table.add_row("error", f"[red]{info['error']}[/]")
+        table.add_row("error", f"[red]{escape(info['error'])}[/]")
         return table
     width, height = info["dimensions"]
     mpp = info["mpp"]
@@ -27,7 +28,7 @@ def slide_table(info: Mapping[str, Any]) -> Table:
         table.add_row("size", f"{width} x {height} px, {width * mpp / 1e3:.2f} x "
                               f"{height * mpp / 1e3:.2f} mm")  # fmt: skip
     else:
-        table.add_row("resolution", f"[yellow]{info['mpp_problem']}[/]")
+        table.add_row("resolution", f"[yellow]{escape(info['mpp_problem'])}[/]")
         table.add_row("size", f"{width} x {height} px")
     levels = ", ".join(
         f"{v['width']} x {v['height']} (1:{v['downsample']:g})" for v in info["levels"]
@@ -39,13 +40,13 @@ def slide_table(info: Mapping[str, Any]) -> Table:
         table.add_row("file tiles", " x ".join(map(str, info["tile_px"])) + " px")
     table.add_row("file", f"{info['bytes'] / 1e6:.1f} MB")
     if info["associated_images"]:
-        table.add_row("images", ", ".join(info["associated_images"]))
+        table.add_row("images", escape(", ".join(info["associated_images"])))
     return table
 
 
 def outcome_table(report: EmbedReport, most: int = 40) -> Table:
     """Return the outcome of every slide; of a long list, all that did not go well and the rest."""
-    table = Table(title=f"Slides, tile encoder {report.encoder}", title_justify="left")
+    table = Table(title=escape(f"Slides, tile encoder {report.encoder}"), title_justify="left")
     for column in ("slide", "status", "tiles", "seconds", "reader", "note"):
         numeric = column in ("tiles", "seconds")
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -54,12 +55,12 @@ def outcome_table(report: EmbedReport, most: int = 40) -> Table:
     for outcome in shown:
         style = STATUS_STYLE[outcome.status]
         table.add_row(
-            outcome.slide_id,
+            escape(outcome.slide_id),
             f"[{style}]{outcome.status}[/]",
             str(outcome.tiles),
             f"{outcome.seconds:.1f}",
             outcome.reader,
-            outcome.reason,
+            escape(outcome.reason),
         )
     if len(shown) < len(ordered):
         table.add_row(f"and {len(ordered) - len(shown)} more", "", "", "", "", "")

@@ -86,9 +86,12 @@ class DemoResult:
         console.print(table)
         console.print(f"together ahead of the better one alone by {self.margin:.2f}")
         console.print(f"[yellow]{NOTICE} {RANDOM_BACKBONE}[/]")
-        console.print(f"report: {self.out / 'report.html'}", highlight=False, soft_wrap=True)
+        report = self.out / "report.html"
+        console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
         console.print(
-            f"model:  {self.out / 'run'} ({self.elapsed_s:.0f} s in all)", highlight=False
+            f"model:  {self.out / 'run'} ({self.elapsed_s:.0f} s in all)",
+            highlight=False,
+            markup=False,
         )
 
 

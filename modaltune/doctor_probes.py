@@ -19,7 +19,8 @@ from typing import Any
 
 Findings = dict[str, Any]
 
-DEADLINE_S = 8.0
+# Only a hanging library gets this far; the first import after an installation takes 15 s and more.
+DEADLINE_S = 45.0
 # Probes of one child run in order; the encoders' need torch, which takes seconds to load.
 CHILDREN = (("torch", "encoders"), ("readers",), ("runtimes",))
 
@@ -67,7 +68,8 @@ def _collect(child: subprocess.Popen[str], names: Sequence[str], end: float) -> 
             answer = json.loads(line)
             found[answer["probe"]] = answer["found"]
     last = (err.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-    why = "took too long and was stopped" if is_slow else f"died: {last}"
+    slow = "took too long and was stopped; run doctor again when the machine is less busy"
+    why = slow if is_slow else f"died: {last}"
     lost = {name: f"the {name} probe {why}" for name in names if name not in found}
     return found | {name: {"error": text, "is_slow": is_slow} for name, text in lost.items()}
 

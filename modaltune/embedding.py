@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modaltune.cases import Cohort
 from modaltune.checkpoint import Run, load_run
 from modaltune.clinical import read_clinical
-from modaltune.cohort_embeddings import embed_cohort, write_embeddings
+from modaltune.cohort_embeddings import (
+    CohortEmbeddings,
+    case_modalities,
+    embed_cohort,
+    write_embeddings,
+)
 from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import DEFAULT_ENCODER
+from modaltune.engine.encoders.torch_runtime import TileEncoder
 from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides, features_folder
 from modaltune.errors import InputError
 from modaltune.omics import read_expression
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,9 @@ def embed_request(
         `OUT/report.json`.
 
     Raises:
-        InputError: Something asked for breaks a rule; nothing has been written then. Slides that
-            fail on the way are in the report instead.
+        InputError: Something asked for breaks a rule; that is found before the first slide is
+            opened, and nothing has been written then. Slides that fail on the way are in the
+            report instead.
     """
     items = _items(request)
     run = None if request.model is None else load_run(request.model, device=request.device)
@@ -77,20 +88,19 @@ def embed_request(
         trust_remote_code=request.trust_remote_code,
         device=request.device,
     )
+    if run is not None:
+        _check_encoder(run, encoder, request)
+        _check_tables(run, items, tables)
     report = _embed_with_progress(items, encoder, request.out, options, console)
-    written = [str(features_folder(request.out, encoder))]
-    if options.overlays:
-        written.append(str(request.out / "overlays"))
+    folders = (features_folder(request.out, encoder), request.out / "overlays")
+    written = [str(folder) for folder in folders if folder.is_dir()]
     summary = report.to_dict()
     if run is not None:
-        slides: dict[str, tuple[Path, ...]] = {}
-        for outcome in report.outcomes:
-            if outcome.features is not None:
-                slides[outcome.case_id] = (*slides.get(outcome.case_id, ()), outcome.features)
-        embeddings = embed_cohort(run, Cohort(slides, *tables))
+        embeddings = embed_cohort(run, Cohort(_features_by_case(report), *tables))
         path = write_embeddings(request.out / "embeddings.parquet", run, embeddings)
         written.append(str(path))
         summary["cases"] = len(embeddings.cases)
+        summary["cases_by_modalities"] = _count_modalities(embeddings)
         summary["alike_share"] = embeddings.alike_share
         summary["random_backbone"] = run.model.config.random_backbone
     summary["written"] = written
@@ -111,6 +121,69 @@ def _tables(request: EmbedRequest) -> tuple[Any, Any]:
     return expression, clinical
 
 
+def _check_encoder(run: Run, encoder: TileEncoder, request: EmbedRequest) -> None:
+    """Refuse a tile encoder whose features the model would refuse, before it encodes anything."""
+    recipe = run.preprocessing.tiles
+    got = {"width": encoder.width, "encoder_sha256": encoder.weights_sha256}
+    for name, value in got.items():
+        want = getattr(recipe, name, None)
+        if want is not None and want != value:
+            raise InputError(
+                f"tile encoder of model {request.model} must have {name} {want}, got {value} from "
+                f"{encoder.name}; give the tile encoder and the weights that it was tuned on"
+            )
+
+
+def _check_tables(run: Run, items: list[SlideItem], tables: tuple[Any, Any]) -> None:
+    """Refuse tables that the model can't use or that know none of the slides' cases."""
+    cases = {item.case_id for item in items}
+    cohort = Cohort({}, *tables)
+    fitted = run.preprocessing
+    for option, table, convert in (
+        ("--genes", cohort.expression, fitted.gene_values),
+        ("--clinical", cohort.clinical, fitted.clinical_values),
+    ):
+        rows = cohort.rows(table, cohort.case_ids)
+        if rows is None:
+            continue
+        missing = sorted(cases - set(rows.index))
+        if len(missing) == len(cases):
+            raise InputError(
+                f"{option} must have rows of the slides' cases ({_few(missing)}), got "
+                f"{_few(list(rows.index))}; name the cases in the manifest's column case_id"
+            )
+        if missing:
+            logger.warning(
+                "%d of %d cases have no row in %s: %s",
+                len(missing), len(cases), option, _few(missing),
+            )  # fmt: skip
+        convert(rows)
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _features_by_case(report: EmbedReport) -> dict[str, tuple[Path, ...]]:
+    """Return the feature files of every case; a slide that failed is missed aloud."""
+    slides: dict[str, tuple[Path, ...]] = {}
+    for outcome in report.outcomes:
+        if outcome.features is not None:
+            slides[outcome.case_id] = (*slides.get(outcome.case_id, ()), outcome.features)
+        else:
+            logger.warning(
+                "case %s is embedded without slide %s, which failed; mend it and run again",
+                outcome.case_id,
+                outcome.slide_id,
+            )
+    return slides
+
+
+def _count_modalities(embeddings: CohortEmbeddings) -> dict[str, int]:
+    """Count cases by what went into their embedding, such as "slide + genes"."""
+    return dict(Counter(" + ".join(case_modalities(case)) for case in embeddings.cases))
+
+
 def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions]:
     """Return tile encoder and tiling; what is not asked for follows the model."""
     recipe = None if run is None else run.preprocessing.tiles
@@ -126,8 +199,10 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
                     f"{option} must be {tuned}, as the model {request.model} was tuned on, got "
                     f"{asked}; leave it out"
                 )
-    mpp = request.mpp or (recipe and recipe.target_mpp) or 0.5
-    tile_px = request.tile_px or (recipe and recipe.tile_px) or 256
+    tuned_mpp = None if recipe is None else recipe.target_mpp
+    tuned_px = None if recipe is None else recipe.tile_px
+    mpp = next(v for v in (request.mpp, tuned_mpp, 0.5) if v is not None)
+    tile_px = next(v for v in (request.tile_px, tuned_px, 256) if v is not None)
     return name, EmbedOptions(
         mpp=mpp,
         tile_px=tile_px,
@@ -140,7 +215,7 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
 
 def _embed_with_progress(
     items: list[SlideItem],
-    encoder: Any,
+    encoder: TileEncoder,
     out: Path,
     options: EmbedOptions,
     console: Console | None,
@@ -166,7 +241,7 @@ def _embed_with_progress(
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

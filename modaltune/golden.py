@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -68,16 +66,14 @@ class Comparison:
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """Return the JSON files of all cases in a folder, sorted.
+    """Return the JSON files of all cases in a folder and the folders below it, sorted.
 
     Raises:
-        InputError: The folder holds none.
+        InputError: There is none.
     """
     cases = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        meta = _read_meta(path)
-        is_case = isinstance(meta, dict) and "kind" in meta
-        if is_case or path.with_suffix(".safetensors").exists():
+    for path in sorted(folder.rglob("*.json")) if folder.is_dir() else []:
+        if path.with_suffix(".safetensors").exists() or _may_be_case(path):
             cases.append(path)
     if not cases:
         raise InputError(
@@ -85,6 +81,15 @@ def find_cases(folder: Path) -> list[Path]:
             "give the folder they lie in"
         )
     return cases
+
+
+def _may_be_case(path: Path) -> bool:
+    """Whether a JSON file without tensors beside it says that it is a case, or can't be read."""
+    try:
+        meta = _read_meta(path)
+    except InputError:
+        return True  # running it reports what is wrong
+    return isinstance(meta, dict) and "kind" in meta
 
 
 def _read_meta(path: Path) -> Any:
@@ -275,13 +280,14 @@ def _compare_metrics(meta: Mapping[str, Any], answers: Answers) -> Iterable[Comp
 
 
 def _compare_schedule(meta: Mapping[str, Any], answers: Answers) -> Iterable[Comparison]:
-    """Every stored list of rates; torch 2.13's variant is told apart from it, not reproduced."""
-    for epochs, rates in meta["lrs_torch_2_0"].items():
-        want = torch.tensor(rates, dtype=torch.float64)
-        got = answers[f"lrs/{epochs}"]
-        fits = got.shape == want.shape
-        error = largest_error(got, want) if fits else math.nan
-        yield Comparison(meta["name"], f"lrs/{epochs}", error, SCHEDULE_ABSOLUTE, "max abs")
+    """Every stored list of rates, under both versions of torch."""
+    for version in ("lrs_torch_2_0", "lrs_torch_2_13"):
+        for epochs, rates in meta.get(version, {}).items():
+            want = torch.tensor(rates, dtype=torch.float64)
+            got = answers[f"{version}/{epochs}"]
+            error = largest_error(got, want) if got.shape == want.shape else math.nan
+            name = f"{version}/{epochs}"
+            yield Comparison(meta["name"], name, error, SCHEDULE_ABSOLUTE, "max abs")
 
 
 def _untouched(case: str, inputs: Inputs) -> list[Comparison]:
@@ -315,68 +321,23 @@ def _self_check(case: str, single: Answers, double: Answers) -> Comparison:
 
 
 def run_folder(folder: Path, impl: str = "auto") -> list[Comparison]:
-    """Run every case of a folder of this layout.
+    """Run every case of a folder of this layout and of the folders below it.
+
+    A case that can't be run (unreadable, incomplete, of an unknown kind, or weights that do not fit
+    its options) is a miss that says why; the other cases are compared all the same.
 
     Raises:
-        InputError: No case is there, or a file is unreadable or of an unknown kind.
+        InputError: No case is there.
     """
     rows: list[Comparison] = []
     for path in find_cases(folder):
-        rows += run_case(path, impl)
-    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            rows += run_case(path, impl)
+        except InputError as error:
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            rows.append(Comparison(name, "*", math.nan, 0.0, "not run", str(error)))
+    for path in sorted(folder.rglob("*.safetensors")):
         if not path.with_suffix(".json").exists():
             note = "no JSON beside the file says what it is"
             rows.append(Comparison(path.stem, "*", math.nan, 0.0, "not compared", note))
     return rows
-
-
-def render(rows: Sequence[Comparison], console: Console) -> None:
-    """Print the worst tensor of every group of every case, and every miss."""
-    table = Table(title="Golden tensors of the published implementation")
-    for column in ("case", "group", "tensors", "worst", "error", "limit", "", "note"):
-        table.add_column(column, justify="right" if column in ("error", "limit") else "left")
-    groups: dict[tuple[str, str, str], list[Comparison]] = {}
-    for row in rows:
-        groups.setdefault((row.case, row.tensor.split("/")[0], row.rule), []).append(row)
-    last = ""
-    for (case, group, rule), members in groups.items():
-        worst = max(members, key=lambda r: math.inf if math.isnan(r.error) else _share(r))
-        ok = all(r.is_ok for r in members)
-        table.add_row(
-            case if case != last else "",
-            f"{group} ({rule})" if group != worst.tensor else worst.tensor,
-            str(len(members)),
-            worst.tensor.split("/", 1)[-1] if group != worst.tensor else "",
-            f"{worst.error:.1e}",
-            f"{worst.limit:.0e}",
-            "[green]pass[/]" if ok else "[bold red]MISS[/]",
-            worst.note,
-        )
-        last = case
-    console.print(table)
-    missed = [row for row in rows if not row.is_ok]
-    for row in missed:
-        console.print(
-            f"[red]MISS[/] {row.case} {row.tensor}: {row.rule} {row.error:.3e} > {row.limit:.0e} "
-            f"{row.note}"
-        )
-    cases = len({row.case for row in rows})
-    console.print(f"{cases} cases, {len(rows)} comparisons, {len(missed)} missed")
-
-
-def _share(row: Comparison) -> float:
-    return row.error / row.limit if row.limit > 0 else row.error
-
-
-def to_json(rows: Sequence[Comparison]) -> dict[str, Any]:
-    """Return all comparisons as plain data; NaN becomes null."""
-    comparisons = [
-        {
-            **asdict(row),
-            "error": None if math.isnan(row.error) else row.error,
-            "ok": row.is_ok,
-        }
-        for row in rows
-    ]
-    missed = sum(not row.is_ok for row in rows)
-    return {"comparisons": comparisons, "total": len(rows), "missed": missed, "ok": missed == 0}

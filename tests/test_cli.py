@@ -252,7 +252,7 @@ def refused(tmp_path: Path, model: Path, genes: pd.DataFrame | None) -> str:
         words += ["--genes", tmp_path / "genes.csv"]
     result = run(*words)
     assert result.exit_code == 1, result.output
-    assert not (tmp_path / "out" / "embeddings.parquet").exists()
+    assert not (tmp_path / "out").exists()  # refused before the first slide is opened
     return said(result)
 
 
@@ -274,6 +274,67 @@ def test_genes_with_gaps_and_unknown_genes(tmp_path: Path, trained: Path) -> Non
     message = refused(tmp_path / "unknown", trained, unknown)
     assert "3 missing" in message
     assert "EGFR" in message
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modaltune.embedding.embed_request", interrupted)
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "run the same command to go on" in said(result)
+
+
+def test_tables_of_other_cases(tmp_path: Path, trained: Path) -> None:
+    other = table([[1.0, 2.0, 3.0]], GENES).set_axis(["TCGA-1"])
+    message = refused(tmp_path / "other", trained, other)
+    assert "--genes must have rows of the slides' cases (P1), got TCGA-1" in message
+    assert "case_id" in message
+    pd.DataFrame({"case_id": ["P1"], "age": [50]}).to_csv(tmp_path / "clinic.csv", index=False)
+    words = ["embed", pink(tmp_path / "P1.tiff"), "--out", tmp_path / "out", "--model", trained]
+    result = run(*words, "--clinical", tmp_path / "clinic.csv")
+    assert result.exit_code == 1
+    assert "tuned without them" in said(result)
+
+
+def test_a_case_without_its_failed_slide_says_so(tmp_path: Path, trained: Path) -> None:
+    pink(tmp_path / "good.tiff")
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    (tmp_path / "m.csv").write_text("slide,case_id\ngood.tiff,P1\nbad.svs,P1\ngood2.tiff,P2\n")
+    pink(tmp_path / "good2.tiff")
+    table([[1.0, 2.0, 3.0]], GENES).to_csv(tmp_path / "genes.csv", index_label="case_id")
+    words = ["embed", "--manifest", tmp_path / "m.csv", "--out", tmp_path / "out"]
+    words += ["--model", trained, "--genes", tmp_path / "genes.csv", "--no-overlays"]
+    result = run(*words)
+    assert result.exit_code == 1
+    assert "case P1 is embedded without slide bad, which failed" in said(result)
+    assert "1 of 2 cases have no row in --genes: P2" in said(result)
+    assert "1 cases embedded from slide + genes" in said(result)
+    assert "1 cases embedded from slide the slide encoder of this model is random" in said(result)
+
+
+def test_names_that_look_like_markup(tmp_path: Path) -> None:
+    (tmp_path / "we[").mkdir()
+    slide = pink(tmp_path / "we[" / "ird].tiff", mpp=None)
+    for words in (["slides", "info", slide], ["embed", slide, "--out", tmp_path / "out"]):
+        result = run(*words)
+        assert "ird].tiff" in said(result).replace(" ", "")
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    bold = pink(tmp_path / "a[red]b.tiff")
+    result = run("embed", bold, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "a[red]b" in said(result).replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--mpp", "0"), ("--mpp", "1e6"), ("--mpp", "nan"), ("--tile-px", "0")]
+)
+def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out", option, value)
+    assert result.exit_code == 1
+    assert f"{option} must lie in" in said(result)
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_runs(tmp_path: Path, trained: Path) -> None:

@@ -23,11 +23,10 @@ from modaltune.golden import (
     is_zero_gradient,
     largest_error,
     relative_error,
-    render,
     run_case,
     run_folder,
-    to_json,
 )
+from modaltune.golden_report import render, to_json
 
 pytestmark = pytest.mark.shared
 Edit = Callable[[dict[str, Tensor], dict[str, Any]], None]
@@ -137,13 +136,13 @@ def test_a_flipped_figure_of_the_json_is_a_miss(copy: Callable[..., Path]) -> No
     rows = run_case(copy("case7_eval_binary", metric))
     assert missed(rows) == {"metrics/1.test_c_index"}
 
-    def rate(_: Any, meta: dict[str, Any]) -> None:
-        epochs = next(iter(meta["lrs_torch_2_0"]))
-        meta["lrs_torch_2_0"][epochs][0] *= 1.001
+    for version in ("lrs_torch_2_0", "lrs_torch_2_13"):
 
-    rows = run_case(copy("case8_lr_schedule", rate))
-    assert len(missed(rows)) == 1
-    assert next(iter(missed(rows))).startswith("lrs/")
+        def rate(_: Any, meta: dict[str, Any], version: str = version) -> None:
+            meta[version]["25"][12] *= 1.001
+
+        rows = run_case(copy("case8_lr_schedule", rate))
+        assert missed(rows) == {f"{version}/25"}
 
 
 @pytest.mark.parametrize(
@@ -201,13 +200,42 @@ def test_what_cannot_be_read_is_an_error(copy: Callable[..., Path], tmp_path: Pa
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"case5_injector.safetensors must be a readable"):
-        run_folder(tmp_path)
+        run_case(path)
     tensors.unlink()
     with pytest.raises(InputError, match=r"case5_injector.safetensors must be a readable"):
-        run_folder(tmp_path)
+        run_case(path)
     path.write_text('{"kind": ', encoding="utf-8")
     with pytest.raises(InputError, match=r"case5_injector.json must be readable JSON"):
-        run_folder(tmp_path)
+        run_case(path)
+
+
+def test_a_case_that_cannot_run_is_a_miss_and_the_others_are_compared(
+    copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy("case5_injector")
+    broken = copy("case5_pos_embed")
+    broken.with_suffix(".safetensors").write_bytes(b"cut")
+    (tmp_path / "torn.json").write_text('{"kind": ', encoding="utf-8")
+    (tmp_path / "notes.json").write_text("{}", encoding="utf-8")  # no case
+    rows = run_folder(tmp_path)
+    bad = [row for row in rows if not row.is_ok]
+    assert [(row.case, row.tensor, row.rule) for row in bad] == [
+        ("case5_pos_embed", "*", "not run"),
+        ("torn", "*", "not run"),
+    ]
+    assert "must be a readable safetensors" in bad[0].note
+    assert sum(row.case == "case5_injector" for row in rows) > 10
+
+
+def test_cases_in_folders_below_count(copy: Callable[..., Path], tmp_path: Path) -> None:
+    path = copy("case5_injector", flip("out/y", 1e-3))
+    (tmp_path / "more").mkdir()
+    for name in (path.name, path.with_suffix(".safetensors").name):
+        (tmp_path / name).rename(tmp_path / "more" / name)
+    shutil.copy(
+        tmp_path / "more" / "case5_injector.safetensors", tmp_path / "more" / "b.safetensors"
+    )
+    assert {row.tensor for row in run_folder(tmp_path) if not row.is_ok} == {"out/y", "*"}
 
 
 def test_incomplete_cases_are_an_error(copy: Callable[..., Path]) -> None:
@@ -220,8 +248,9 @@ def test_incomplete_cases_are_an_error(copy: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"kind must be one of .*got 'injectors'"):
         run_case(copy("case5_injector", kind("injectors")))
     path = copy("case5_injector", kind(None))
-    with pytest.raises(InputError, match=r"kind must be one of .*got None"):
-        run_folder(path.parent)
+    (row,) = run_folder(path.parent)
+    assert "kind must be one of" in row.note
+    assert not row.is_ok
 
     def drop(stored: dict[str, Tensor], meta: dict[str, Any]) -> None:
         del stored["in/query"], meta["tensors"]["in/query"]
@@ -273,6 +302,10 @@ def test_the_table_and_the_json_say_every_miss() -> None:
     render(rows, Console(file=text, width=160))
     for part in ("MISS a grad/w", "MISS b out/new", "2 cases, 3 comparisons, 2 missed", "pass"):
         assert part in text.getvalue()
+    every = io.StringIO()
+    render([*rows, Comparison("[/b]", "out/z", 0.0, 1.0, "abs")], Console(file=every), every=True)
+    for part in ("out/y (relative)", "grad/w (relative)", "[/b]: pass", "out/z (abs)"):
+        assert part in every.getvalue()
     data = to_json(rows)
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert (data["total"], data["missed"], data["ok"]) == (3, 2, False)
