@@ -43,6 +43,12 @@ def run_tasks(tasks: Sequence[Task]) -> None:
         for task in tasks:
             task()
         return
-    running = [_pool(threads, os.getpid()).submit(task) for task in tasks]
+    inference = torch.is_inference_mode_enabled()  # a thread's own setting, too
+
+    def run(task: Task) -> None:
+        with torch.inference_mode(inference):
+            task()
+
+    running = [_pool(threads, os.getpid()).submit(run, task) for task in tasks]
     for done in running:
         done.result()
