@@ -212,8 +212,7 @@ def stage_picture(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         axes.text(row["seconds"], at, said, va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(shown)), [row["stage"] for row in shown], fontsize=8.5, color=INK)
     axes.invert_yaxis()
-    axes.margins(x=0.32)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.5 * max(row["seconds"] for row in shown))  # room for what bars say
     axes.set_xlabel("seconds (dark: what the device's limit allows)", color=INK, fontsize=8.5)
     axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
