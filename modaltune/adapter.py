@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modaltune.bottleneck import BottleneckAttention
 from modaltune.errors import InputError
 from modaltune.kernels import extract, inject
+from modaltune.kernels.ranges import stage_range
 from modaltune.recompute import again
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
@@ -59,6 +60,7 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
         self.impl = "auto"
 
+    @stage_range("injector")
     def forward(
         self, tokens: SlideTokens, modal: Tensor, positions: Tensor, key_mask: Tensor | None
     ) -> SlideTokens:
@@ -122,6 +124,7 @@ class Extractor(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.impl = "auto"
 
+    @stage_range("extractor")
     def forward(self, modal: Tensor, positions: Tensor, tokens: SlideTokens) -> Tensor:
         """Return `[B, G, D]`: `2 c + attention`, then plus the FFN of that.
 
@@ -156,6 +159,7 @@ class PromptSelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attn = BottleneckAttention(width, heads, bottleneck)
 
+    @stage_range("self_attention")
     def forward(self, modal: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Return `[B, G, D]`; `mask` `[B, G, G]` is True where a query may see a key.
 

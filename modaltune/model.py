@@ -13,6 +13,7 @@ from modaltune.adapter import ModalAdapter
 from modaltune.batch import CaseBatch
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
+from modaltune.kernels.ranges import stage_range
 from modaltune.modal_stream import TASK, Encoded, Encodings, GradientCut, ModalTokens, assemble
 from modaltune.modalities import ClinicalModality, GeneModality, Modality, TaskPrompts
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig
@@ -155,7 +156,8 @@ class ModalTune(nn.Module):
                     (batch.num_cases, module.num_tokens, self.slide_encoder.width)
                 )
             else:
-                tokens = module(values.to(self.modal_positions.dtype))
+                with stage_range(f"modality.{name}"):
+                    tokens = module(values.to(self.modal_positions.dtype))
             encoded[name] = Encoded(tokens, present.to(tokens.device))
         return encoded
 
@@ -331,6 +333,7 @@ class ModalTune(nn.Module):
             pooled = self.slide_encoder.pool(tokens)
         return pooled if with_tiles is None else zeros.index_copy(0, with_tiles, pooled)
 
+    @stage_range("head")
     def _head(self, slide: Tensor, modal: ModalTokens) -> Tensor:
         """Return `[B, k, out_features]` of slide vectors `[B, D]` and a pass of k task tokens."""
         slots = {"slide": slide.unsqueeze(1)}

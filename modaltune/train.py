@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modaltune.batch import CaseBatch
 from modaltune.errors import InputError
+from modaltune.kernels.ranges import stage_range
 from modaltune.model import ModalTune
 from modaltune.schedule import learning_rate
 from modaltune.targets import distillation_loss
@@ -103,7 +104,8 @@ def accumulate_gradients(
     if config.task_backward == "joint":
         outputs, loss = compute_loss(model, batch, targets, config)
         _check_finite(model, batch, loss)
-        loss.backward()
+        with stage_range("backward"):
+            loss.backward()
         return outputs.detach(), loss.detach()
     parts: list[Tensor] = []
     dtype = torch.float32
@@ -113,7 +115,8 @@ def accumulate_gradients(
             outputs, targets[:, columns], config.temperature, config.loss_factor
         ).mean()
         _check_finite(model, batch, loss)
-        loss.backward()
+        with stage_range("backward"):
+            loss.backward()
         parts.append(outputs.detach())
         dtype = loss.dtype
         total += loss.detach()
@@ -146,7 +149,8 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     outputs, loss = accumulate_gradients(model, batch, targets, config)
-    optimizer.step()
+    with stage_range("optimizer"):
+        optimizer.step()
     return outputs, loss
 
 

@@ -18,17 +18,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from modaltune.errors import InputError, WeightsError
+from modaltune.errors import InputError
 from modaltune.kernels import alibi_attention
+from modaltune.kernels.ranges import stage_range
 from modaltune.slide_encoders.frozen_layers import feed_forward, linear
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
+from modaltune.slide_encoders.titan_weights import check_state, read_vision_encoder
 from modaltune.stochastic import drop_path
-
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_PREFIX = "vision_encoder."
 
 # The protocol's method `blocks` takes the name under which the published model keeps its blocks.
 _PUBLISHED_BLOCKS, _OUR_BLOCKS = "blocks.modules_list.", "layers."
@@ -197,9 +195,12 @@ class _TitanBlock(nn.Module):
     def forward(self, tokens: SlideTokens, slopes: Tensor) -> SlideTokens:
         """Return the tokens after attention and MLP."""
         drop = (self.drop_path_p, self.training, tokens.offsets)
-        x = tokens.x + drop_path(self.attn(self.norm1(tokens.x), tokens, slopes), *drop)
-        branch = feed_forward(self.norm2, self.mlp["fc1"], None, self.mlp["fc2"], x, self.attn.impl)
-        return tokens.with_x(x + drop_path(branch, *drop))
+        with stage_range("titan.attention"):
+            x = tokens.x + drop_path(self.attn(self.norm1(tokens.x), tokens, slopes), *drop)
+        fc1, fc2 = self.mlp["fc1"], self.mlp["fc2"]
+        with stage_range("titan.ffn"):
+            branch = feed_forward(self.norm2, fc1, None, fc2, x, self.attn.impl)
+            return tokens.with_x(x + drop_path(branch, *drop))
 
 
 class AttentionalPooler(nn.Module):
@@ -268,7 +269,7 @@ class TitanEncoder(SlideEncoder):
         Raises:
             WeightsError: The file is absent, unreadable or not of this form; keys are named.
         """
-        state = _read_vision_encoder(Path(path))
+        state = read_vision_encoder(Path(path))
         with torch.device("meta"):
             encoder = cls(config)
         encoder.load_published({name: tensor.float() for name, tensor in state.items()})
@@ -280,7 +281,7 @@ class TitanEncoder(SlideEncoder):
         Raises:
             WeightsError: Keys are missing or unexpected, or shapes differ.
         """
-        _check_state(state, {name: p.shape for name, p in self.published_state_dict().items()})
+        check_state(state, {name: p.shape for name, p in self.published_state_dict().items()})
         renamed = {name.replace(_PUBLISHED_BLOCKS, _OUR_BLOCKS, 1): state[name] for name in state}
         self.load_state_dict(renamed, strict=True, assign=self.cls_token.is_meta)
 
@@ -289,6 +290,7 @@ class TitanEncoder(SlideEncoder):
         state = self.state_dict()
         return {name.replace(_OUR_BLOCKS, _PUBLISHED_BLOCKS, 1): state[name] for name in state}
 
+    @stage_range("embed")
     def embed(self, tiles: Tensor, positions_px: Tensor, offsets: Tensor) -> SlideTokens:
         """Lay the tiles of each case on its grid and embed the foreground cells behind a cls token.
 
@@ -350,51 +352,3 @@ class TitanEncoder(SlideEncoder):
     def pool(self, tokens: SlideTokens) -> Tensor:
         """Return the contrastive pooler's vector of each case, `[B, width]`."""
         return self.attn_pool_contrastive(self.norm(tokens.x), tokens.offsets)[:, 0]
-
-
-def _read_vision_encoder(path: Path) -> dict[str, Tensor]:
-    """Return the tensors under `vision_encoder.` of a safetensors file, prefix stripped."""
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise WeightsError(
-            f"TITAN weights must be a safetensors file or a folder with {WEIGHTS_FILE}, got {path};"
-            " request access at huggingface.co/MahmoodLab/TITAN and pass the downloaded path"
-        )
-    try:
-        with safe_open(str(file), framework="pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(WEIGHTS_PREFIX)]  # noqa: SIM118
-            # Copied out of the mapped file: own memory is aligned, and outlives the file.
-            state = {n.removeprefix(WEIGHTS_PREFIX): weights.get_tensor(n).clone() for n in names}
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{file} must be a whole safetensors file, got {error}; download it again"
-        ) from error
-    if not state:
-        raise WeightsError(
-            f"{file} must hold keys {WEIGHTS_PREFIX}*, got none; pass TITAN's {WEIGHTS_FILE}"
-        )
-    return state
-
-
-def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise WeightsError naming every kind of difference between weights and architecture."""
-    shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    faults = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": shapes,
-    }
-    listed = [
-        f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for kind, names in faults.items()
-        if names
-    ]
-    if listed:
-        raise WeightsError(
-            f"TITAN weights must have the keys and shapes of its vision encoder, got "
-            f"{'; '.join(listed)}; pass TITAN's {WEIGHTS_FILE}, or the TitanConfig it was made with"
-        )
