@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
+    "OutOfReachError": "_dispatch",
     "alibi_attention": "alibi_attn",
     "dilated_attention": "dilated_attn",
     "embed_positions": "position_embed",
@@ -29,6 +30,7 @@ _LAZY = {
 __all__ = list(_LAZY)
 
 if TYPE_CHECKING:
+    from modaltune.kernels._dispatch import OutOfReachError as OutOfReachError
     from modaltune.kernels.alibi_attn.api import alibi_attention as alibi_attention
     from modaltune.kernels.dilated_attn.api import dilated_attention as dilated_attention
     from modaltune.kernels.extraction.api import extract as extract
@@ -51,4 +53,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}.api"), name)
+    home = _LAZY[name] if _LAZY[name].startswith("_") else f"{_LAZY[name]}.api"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

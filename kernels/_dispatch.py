@@ -15,6 +15,10 @@ logger = logging.getLogger(__name__)
 IMPLS = ("auto", "triton", "cpu", "reference")
 
 
+class OutOfReachError(RuntimeError):
+    """An implementation asked for by name does not cover these inputs; another one does."""
+
+
 @cache
 def _say_once(op: str, impl: str, why: str) -> None:
     logger.info("%s: using the %s path (%s)", op, impl, why)
@@ -31,7 +35,9 @@ def choose_impl(op: str, impl: str, device: torch.device, available: tuple[str, 
 
     Raises:
         ValueError: `impl` is unknown.
-        RuntimeError: `impl` was asked for by name and can't run here; there is no silent fallback.
+        OutOfReachError: `impl` was asked for by name and this op does not offer it.
+        RuntimeError: `impl` was asked for by name and can't run on this machine. There is no
+            silent fallback.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -46,7 +52,7 @@ def choose_impl(op: str, impl: str, device: torch.device, available: tuple[str, 
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"{op}: impl='triton' needs Triton; install it with: pip install triton")
     if impl == "triton" and "triton" not in available:
-        raise RuntimeError(f"{op}: impl='triton' is not available for this op; use impl='auto'")
+        raise OutOfReachError(f"{op}: impl='triton' is not available for this op; use impl='auto'")
     if impl == "cpu" and "cpu" not in available:
         # The reference is this op's best CPU path.
         return "reference"

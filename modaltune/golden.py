@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from modaltune.errors import InputError
 from modaltune.golden_cases import Answers, Inputs, run_kind
-from modaltune.kernels.dilated_attn.api import misalignment
-from modaltune.reference_config import segments_from_reference
+from modaltune.kernels import OutOfReachError
 
 # Pass marks of the golden files' README, per group of tensors. The absolute mark is for values
 # near one: where a tensor reaches 80, its own float32 rounding in the stored file is larger (even a
@@ -114,14 +114,14 @@ def run_case(path: Path, impl: str = "auto") -> list[Comparison]:
         raise InputError(f"golden case {path} must be a JSON object, got {type(meta).__name__}")
     meta = {"name": path.stem, **meta}
     stored = _stored_tensors(path, meta)
-    used, note = _within_reach(meta, stored, impl)
-    inputs = Inputs(stored, torch.float32)
     try:
-        answers = run_kind(inputs, meta, used)
+        answers, inputs, note = _answers(meta, stored, impl)
         rows = list(_compare(meta, stored, answers))
         rows += _untouched(meta["name"], inputs) + _absent(meta, stored)
         if meta["kind"] not in ("evaluation", "lr_schedule"):
-            double = run_kind(Inputs(stored, torch.float64), meta, used)
+            # Kernels compute in float32 at most: their float64 is the reference's.
+            exact = "reference" if note or impl == "triton" else impl
+            double = run_kind(Inputs(stored, torch.float64), meta, exact)
             rows.append(_self_check(meta["name"], answers, double))
     except KeyError as error:
         raise InputError(
@@ -129,6 +129,35 @@ def run_case(path: Path, impl: str = "auto") -> list[Comparison]:
             f"{error}; copy the case again"
         ) from error
     return [replace(row, note=row.note or note) for row in rows]
+
+
+def device_for(impl: str) -> str:
+    """Return where an implementation runs here: the GPU for Triton, unless it interprets.
+
+    Raises:
+        InputError: Triton was asked for, and neither is possible.
+    """
+    if impl != "triton" or os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise InputError(
+            "impl='triton' must have a GPU, or TRITON_INTERPRET=1 in the environment to interpret "
+            "the kernels on the CPU, got neither; set it, or use impl='auto'"
+        )
+    return "cuda"
+
+
+def _answers(
+    meta: Mapping[str, Any], stored: Mapping[str, Tensor], impl: str
+) -> tuple[Answers, Inputs, str]:
+    """Return our answers, the inputs they read, and a note where they are not of `impl`."""
+    device = device_for(impl)
+    inputs = Inputs(stored, torch.float32, device)
+    try:
+        return run_kind(inputs, meta, impl), inputs, ""
+    except OutOfReachError as error:
+        inputs = Inputs(stored, torch.float32, device)
+        return run_kind(inputs, meta, "reference"), inputs, f"ran the reference: {error}"
 
 
 def _stored_tensors(path: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,17 +170,6 @@ def _stored_tensors(path: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
         raise InputError(
             f"golden tensors {tensors} must be a readable safetensors file, got: {error}"
         ) from error
-
-
-def _within_reach(
-    meta: Mapping[str, Any], stored: Mapping[str, Tensor], impl: str
-) -> tuple[str, str]:
-    """Return the implementation to use, and a note when it is not the one asked for."""
-    if "dilated_ratio" not in meta or impl in ("auto", "reference"):
-        return impl, ""
-    rows = stored["in/x"].shape[1] + int(meta["kind"] == "full_model")
-    reason = misalignment([rows], segments_from_reference(meta), tuple(meta["dilated_ratio"]))
-    return ("reference", f"ran the reference: {reason}") if reason else (impl, "")
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -327,8 +345,9 @@ def run_folder(folder: Path, impl: str = "auto") -> list[Comparison]:
     its options) is a miss that says why; the other cases are compared all the same.
 
     Raises:
-        InputError: No case is there.
+        InputError: No case is there, or the implementation can't run on this machine.
     """
+    device_for(impl)
     rows: list[Comparison] = []
     for path in find_cases(folder):
         try:

@@ -35,11 +35,17 @@ Answers = dict[str, Tensor]
 class Inputs(dict[str, Tensor]):
     """Stored tensors by name; remembers which were read."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         super().__init__(
-            {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+            {
+                k: t.to(device, dtype if t.is_floating_point() else t.dtype)
+                for k, t in tensors.items()
+            }
         )
         self.dtype = dtype
+        self.device = torch.device(device)
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -75,7 +81,9 @@ def _leaf(t: Tensor) -> Tensor:
 
 def injector(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Injector alone: tiles `query` attend to modal tokens `feat`."""
-    module = Injector(meta["dim"], meta["num_heads"], _bottleneck(meta)).to(inputs.dtype)
+    module = Injector(meta["dim"], meta["num_heads"], _bottleneck(meta)).to(
+        inputs.device, inputs.dtype
+    )
     rules = ref.injector_rules("", "", module)
     load_module(module, rules, inputs.group("weights/"), meta["name"])
     set_impl(module, impl)
@@ -89,7 +97,9 @@ def injector(inputs: Inputs, meta: Meta, impl: str) -> Answers:
 
 def extractor(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Extractor alone: modal tokens `query` attend to tiles `feat`."""
-    module = Extractor(meta["dim"], meta["num_heads"], _bottleneck(meta), 0.0).to(inputs.dtype)
+    module = Extractor(meta["dim"], meta["num_heads"], _bottleneck(meta), 0.0).to(
+        inputs.device, inputs.dtype
+    )
     rules = ref.extractor_rules("", "", module)
     load_module(module, rules, inputs.group("weights/"), meta["name"])
     set_impl(module, impl)
@@ -105,7 +115,7 @@ def prompt_selfattention(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Prompt self-attention alone."""
     del impl  # plain torch: a few dozen tokens
     module = PromptSelfAttention(meta["dim"], meta["num_heads"], _bottleneck(meta))
-    module = module.to(inputs.dtype)
+    module = module.to(inputs.device, inputs.dtype)
     rules = ref.self_attention_rules("", "", module)
     load_module(module, rules, inputs.group("weights/"), meta["name"])
     tgt, pos = _leaf(inputs["in/tgt"]), _leaf(inputs["in/query_pos"])
@@ -127,7 +137,7 @@ def gene_encoder(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     )
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     module = PathwayEncoder(torch.arange(genes.shape[1]), offsets, meta["output_dim"], config)
-    module = module.to(inputs.dtype).eval()
+    module = module.to(inputs.device, inputs.dtype).eval()
     rules = ref.gene_rules("", "", module)
     load_module(module, rules, inputs.group("weights/"), meta["name"])
     set_impl(module, impl)
@@ -143,7 +153,7 @@ def gene_encoder(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     return {**answers, **gradients(module, rules)}
 
 
-def _layer(meta: Meta, ffn: int, dtype: torch.dtype) -> LongNetLayer:
+def _layer(meta: Meta, ffn: int, inputs: Inputs) -> LongNetLayer:
     config = LongNetConfig(
         in_features=1,
         width=meta["D"],
@@ -153,12 +163,12 @@ def _layer(meta: Meta, ffn: int, dtype: torch.dtype) -> LongNetLayer:
         segment_lengths=segments_from_reference(meta),
         dilation_ratios=tuple(meta["dilated_ratio"]),
     )
-    return LongNetLayer(config, 0.0).to(dtype).eval()
+    return LongNetLayer(config, 0.0).to(inputs.device, inputs.dtype).eval()
 
 
 def dilated(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Dilated self-attention with its projections and inner norm."""
-    layer = _layer(meta, meta["D"], inputs.dtype)
+    layer = _layer(meta, meta["D"], inputs)
     rules = ref.layer_attention_rules("", "")
     load_module(layer, rules, inputs.group("weights/"), meta["name"])
     layer.impl = impl
@@ -172,7 +182,7 @@ def dilated(inputs: Inputs, meta: Meta, impl: str) -> Answers:
 
 def longnet_layer(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """One whole LongNet layer."""
-    layer = _layer(meta, meta["ffn"], inputs.dtype)
+    layer = _layer(meta, meta["ffn"], inputs)
     rules = ref.layer_rules("", "")
     load_module(layer, rules, inputs.group("weights/"), meta["name"])
     layer.impl = impl
@@ -188,9 +198,9 @@ def pos_embed(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     encoder = LongNet(longnet_from_reference({**meta, **config}))
     cells = encoder.cells(inputs["in/coords"][0])
     rows = embed_positions(
-        torch.zeros(len(cells), meta["D"], dtype=inputs.dtype),
+        torch.zeros(len(cells), meta["D"], dtype=inputs.dtype, device=inputs.device),
         cells,
-        torch.zeros(meta["D"], dtype=inputs.dtype),
+        torch.zeros(meta["D"], dtype=inputs.dtype, device=inputs.device),
         impl=impl,
     )
     index = cells[:, 0] * meta["slide_ngrids"] + cells[:, 1] + 1
@@ -200,7 +210,7 @@ def pos_embed(inputs: Inputs, meta: Meta, impl: str) -> Answers:
 def projector_kl(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Text projector and distillation loss at several temperatures."""
     del impl  # plain torch
-    projector = load_reference_projector(inputs.group("projector/"), prefix="")
+    projector = load_reference_projector(inputs.group("projector/"), prefix="").to(inputs.device)
     text = inputs["in/text"]
     logits = _leaf(inputs["in/logits"])
     normalised = projector.project(text)
@@ -216,7 +226,7 @@ def projector_kl(inputs: Inputs, meta: Meta, impl: str) -> Answers:
 def evaluation(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     """Logistic and Cox probes; metrics come as `metrics/<task>.<name>`."""
     del impl
-    arrays = {name: inputs[name].numpy() for name in inputs if name.startswith("in/")}
+    arrays = {name: inputs[name].cpu().numpy() for name in inputs if name.startswith("in/")}
     found = golden_evaluation(arrays, meta)
     return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
@@ -284,4 +294,4 @@ def run_kind(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     if meta.get("kind") not in kinds:
         raise InputError(f"kind must be one of {sorted(kinds)}, got {meta.get('kind')!r}")
     answers = kinds[meta["kind"]](inputs, meta, impl)
-    return {name: tensor.detach() for name, tensor in answers.items()}
+    return {name: tensor.detach().cpu() for name, tensor in answers.items()}

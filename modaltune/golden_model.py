@@ -20,8 +20,10 @@ from modaltune.train import TrainConfig, compute_loss, make_optimizer, train_ste
 def full_model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> Answers:
     """Recompute a case of kind `full_model`, through the training loop's own steps."""
     model, batch = _model(inputs, meta, impl)
-    targets = load_reference_projector(inputs.group("projector/"), prefix="").project(
-        inputs["in/text"]
+    targets = (
+        load_reference_projector(inputs.group("projector/"), prefix="")
+        .to(inputs.device)
+        .project(inputs["in/text"])
     )
     recipe = TrainConfig(
         lr=meta["lr"],
@@ -60,7 +62,7 @@ def _model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> tuple[ModalTun
         gene_index=torch.arange(genes.shape[1]),
         gene_offsets=torch.tensor([0, *sizes]).cumsum(0),
     )
-    model.to(inputs.dtype).eval()
+    model.to(inputs.device, inputs.dtype).eval()
     ref.model_from_reference(model, inputs.group("weights/"), meta["name"])
     model.set_impl(impl)
     modalities = {"genes": genes}
