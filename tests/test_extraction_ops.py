@@ -154,7 +154,10 @@ def test_frozen_inputs_get_no_gradient() -> None:
     ("change", "message"),
     [
         ({}, r"extract: impl='triton' takes float16, bfloat16 or float32, got torch\.float64"),
-        ({"tokens": 129}, "at most 128 queries a case, which stay on chip, got 129"),
+        (
+            {"tokens": 81},
+            r"at most 80 queries a case in torch\.float32, which stay on chip, got 81",
+        ),
         ({"inner": 258}, "heads of at most 128 columns, got 129"),
         ({"inner": 256}, "needs CUDA tensors, or TRITON_INTERPRET=1"),
     ],
@@ -218,12 +221,9 @@ L2_MB = {"A100": 40, "H100": 50, "B200": 126, "RTX 4090": 72}
 def test_moves_at_most_a_fifth_more_than_the_least(device: str) -> None:
     l2_bytes = L2_MB[device] * 2**20
     for queries in (65, 66):
-        for rows in (10000, 25000):
+        for rows in (1000, 10000, 25000):
             cost = extraction_cost(rows, queries, l2_bytes=l2_bytes)
             assert cost.least_bytes < cost.moved_bytes <= 1.2 * cost.least_bytes
-        # Few tiles feel the packed weights, which are written once a call.
-        few = extraction_cost(1000, queries, l2_bytes=l2_bytes)
-        assert few.moved_bytes - 384 * (768 * 2 + 8) <= 1.2 * few.least_bytes
 
 
 def test_cost_by_hand() -> None:
@@ -232,12 +232,12 @@ def test_cost_by_hand() -> None:
     assert cost.flops == 2 * 200 * 32 * 128 + 2 * 200 * 16 * 64 * 2
     weights = 2 * (128 * 32 + 128 + 64)
     assert cost.least_bytes == 2 * 200 * 32 + weights + 2 * 2 * 16 * 64
-    packed, partial = 128 * (64 + 8), 2 * 16 * 4 * (32 + 4)
+    constants, partial = 128 * 8, 2 * 16 * 4 * (32 + 4)
     exact = 4 * 16 * (64 + 4)
-    assert cost.moved_bytes == cost.least_bytes + packed + partial + exact
-    # A cache of nothing: the weights again for the second block, the partials again for the merge.
+    assert cost.moved_bytes == cost.least_bytes + constants + partial + exact
+    # A cache of nothing: the weights again for both blocks, the partials again for the merge.
     tiny = extraction_cost(200, 16, width=32, inner=64, heads=4, dtype=torch.float16, l2_bytes=0)
-    assert tiny.moved_bytes == cost.moved_bytes + packed + partial
+    assert tiny.moved_bytes == cost.moved_bytes + 2 * weights + partial
 
 
 def test_a_small_cache_reads_x_again_for_every_group() -> None:

@@ -55,8 +55,9 @@ def extract(
         offsets: `[B + 1]` integer rows of each case; None for one case.
         num_prefix: Rows at the start of each case (cls) that are not attended to.
         eps: LayerNorm epsilon.
-        impl: `auto`, `triton` (float16, bfloat16 and float32; G up to 128, heads up to 128 wide),
-            `cpu` or `reference`. `auto` takes the reference on a GPU for what triton doesn't cover.
+        impl: `auto`, `triton` (float16 and bfloat16 with G up to 128, float32 with G up to 80;
+            heads up to 128 wide; CUDA, or CPU tensors under `TRITON_INTERPRET=1`), `cpu` or
+            `reference`. `auto` takes the reference on a GPU for what triton doesn't cover.
 
     Returns:
         `[B, G, E]` attended values, before the output projection; zero for a case without tiles.

@@ -5,7 +5,7 @@ reads fits half the device's L2. It decides four things:
 
 * The groups of a block of rows read the same rows. They are neighbours in the grid, so what lies
   between is the rows that all programs in flight work on: 8 MB on an H100, far from all of x.
-* Every program reads the packed weights of its group (0.6 MB in all).
+* Every block reads the weights (0.6 MB).
 * The partial results of the blocks are written, and read by the merge right after.
 * In the backward pass keys and values are written by one kernel and read by the next, and so on.
 """
@@ -42,7 +42,7 @@ class _Sizes(NamedTuple):
     x: float
     weights: float
     tokens: float
-    packed: float
+    constants: float
     partial: float
     kv: float
     exact: float
@@ -68,7 +68,7 @@ def _sizes(
         x=rows * width * size,
         weights=(2 * inner * width + 2 * inner + 2 * width) * size,
         tokens=cases * queries * inner * size,
-        packed=columns * (width * size + 8),
+        constants=8.0 * columns,
         partial=blocks * partial_bytes(queries, plan, size),
         kv=rows * columns * size,
         exact=4 * cases * queries * (inner + heads),
@@ -113,9 +113,10 @@ def extraction_cost(
         return amount if between > half else 0.0
 
     projection, attention = 4.0 * rows * width * inner, 4.0 * rows * queries * inner
-    # Groups beyond the first read x again; blocks beyond the first read the weights again.
+    # Groups beyond the first read x again; blocks read the weights after the sums were taken.
     reading = b.x + (b.groups - 1) * again(b.x, b.window)
-    reading += b.weights + b.packed + max(b.blocks - 1, 0) * again(b.packed, b.window + b.packed)
+    reading += b.weights + b.constants
+    reading += b.blocks * again(b.weights, b.window + b.weights)
     if not backward:
         least = b.x + b.weights + 2 * b.tokens
         moved = reading + b.partial + again(b.partial, b.partial) + 2 * b.tokens + b.exact

@@ -16,7 +16,11 @@ from modaltune.kernels._checks import check_offsets
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
 from modaltune.kernels.extraction.cpu import exact_dtype, extract_cpu_bwd, extract_cpu_fwd
-from modaltune.kernels.extraction.schedule import MAX_HEAD_DIM, MAX_QUERIES
+from modaltune.kernels.extraction.schedule import (
+    MAX_HEAD_DIM,
+    MAX_QUERIES,
+    MAX_QUERIES_FLOAT32,
+)
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TENSORS = ("queries", "x", "norm_weight", "norm_bias", "kv_weight", "kv_bias")
@@ -34,8 +38,9 @@ def beyond_triton(dtype: torch.dtype, queries: int, head_dim: int) -> str:
     """
     if dtype not in TRITON_DTYPES:
         return f"takes float16, bfloat16 or float32, got {dtype}"
-    if queries > MAX_QUERIES:
-        return f"takes at most {MAX_QUERIES} queries a case, which stay on chip, got {queries}"
+    most = MAX_QUERIES_FLOAT32 if dtype == torch.float32 else MAX_QUERIES
+    if queries > most:
+        return f"takes at most {most} queries a case in {dtype}, which stay on chip, got {queries}"
     if head_dim > MAX_HEAD_DIM:
         return f"takes heads of at most {MAX_HEAD_DIM} columns, got {head_dim}"
     return ""

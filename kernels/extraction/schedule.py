@@ -15,6 +15,7 @@ from modaltune.kernels._schedule import row_blocks
 
 MAX_HEAD_DIM = 128
 MAX_QUERIES = 128
+MAX_QUERIES_FLOAT32 = 80  # more spill registers in the backward kernel
 GROUP_COLUMNS = 64  # key columns of a head group; as many of values stand beside them
 
 

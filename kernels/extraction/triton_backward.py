@@ -7,8 +7,8 @@
 
 per head, with the legend of triton_forward.py and t = 1 / sqrt(width of a head). The two sums over
 the width in the backward pass of a LayerNorm are sums over e here, which the program that has dkv
-also has. k and v are written in packed columns and the dtype of x, and w over them, for dx and for
-the weights' products; the rest is float32. Every number is written by one program: no atomics.
+also has. k and v are written in columns by group and the dtype of x, and w over them, for dx and
+for the weights' products; the rest is float32. Every number is written by one program: no atomics.
 """
 
 from __future__ import annotations
@@ -16,28 +16,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from modaltune.kernels.extraction.triton_blocks import head_rows, keys_and_values, widen
+from modaltune.kernels.extraction.triton_blocks import (
+    folded,
+    head_rows,
+    keys_and_values,
+    source_rows,
+    widen,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def extraction_bwd_project_kernel(
-    x_ptr, packed_ptr, constants_ptr, work_ptr,
+    x_ptr, weight_ptr, norm_weight_ptr, constants_ptr, work_ptr,
     kv_ptr, rows_ptr,
-    stride_xn,
+    stride_xn, stride_we,
     num_rows, width, eps,
-    COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k and v of BLOCK_L rows for one group, and (first group) mean and 1 / deviation [2, N]."""
+    COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD
     block = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
     rows = tl.load(work_ptr + 3 * block + 1) + tl.arange(0, BLOCK_L)  # [L]
     keep = rows < tl.load(work_ptr + 3 * block + 2)
     kv, mean, rstd = keys_and_values(
-        x_ptr, packed_ptr, constants_ptr, rows, keep, group, stride_xn, width, eps,
-        COLUMNS, GROUPS, BLOCK_L, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+        x_ptr, weight_ptr, norm_weight_ptr, constants_ptr, rows, keep, group, stride_xn, stride_we,
+        width, eps, NUM_HEADS, HEAD_DIM, HEAD_PAD, PER_GROUP, GROUPS, BLOCK_L, BLOCK_K, EVEN_K,
+        UPCAST, PRECISION,
     )  # fmt: skip
     rows64 = rows.to(tl.int64)
     columns = group * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -175,15 +184,18 @@ def extraction_bwd_kernel(
 
 @triton.jit
 def extraction_bwd_dx_kernel(
-    x_ptr, w_ptr, packed_ptr, rows_ptr, work_ptr,
+    x_ptr, w_ptr, weight_ptr, norm_weight_ptr, rows_ptr, work_ptr,
     dx_ptr,
-    stride_xn, stride_dn,
+    stride_xn, stride_we, stride_dn,
     num_rows, width,
-    NUM_HEADS: tl.constexpr, ALL_COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx of BLOCK_L rows and BLOCK_D columns; columns of a block are neighbours in the grid."""
+    ALL_COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD * GROUPS
+    IS_PADDED: tl.constexpr = HEAD_DIM != HEAD_PAD or NUM_HEADS % PER_GROUP != 0
     pieces = tl.cdiv(width, BLOCK_D)
     block = tl.program_id(0) // pieces
     start = tl.load(work_ptr + 3 * block + 1)
@@ -196,12 +208,12 @@ def extraction_bwd_dx_kernel(
     dx = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     for at in range(0, ALL_COLUMNS, BLOCK_K):
         w = tl.load(w_row_ptr[:, None] + (at + e)[None, :], mask=keep[:, None], other=0.0)  # [L, K]
-        packed_at = packed_ptr + (at + e)[:, None] * width + d[None, :]  # [K, D]
-        if EVEN_D:
-            packed = tl.load(packed_at)
-        else:
-            packed = tl.load(packed_at, mask=(d < width)[None, :] & (e >= 0)[:, None], other=0.0)
-        dx = tl.dot(widen(w, UPCAST), widen(packed, UPCAST), dx, input_precision=PRECISION)
+        source, is_real = source_rows(at + e, NUM_HEADS, HEAD_DIM, HEAD_PAD, PER_GROUP)
+        weight = folded(
+            weight_ptr, norm_weight_ptr, stride_we, source, is_real, d, width, IS_PADDED, EVEN_D,
+            UPCAST,
+        )  # fmt: skip
+        dx = tl.dot(widen(w, UPCAST), weight, dx, input_precision=PRECISION)  # [L, D]
     mean = tl.load(rows_ptr + rows64, mask=keep, other=0.0)  # [L]
     one_row = tl.cast(num_rows, tl.int64)
     rstd = tl.load(rows_ptr + one_row + rows64, mask=keep, other=0.0)  # [L]

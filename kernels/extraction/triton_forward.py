@@ -1,9 +1,10 @@
-"""Forward kernels of the extractor: packed weights, one pass over the tiles, merge of the splits.
+"""Forward kernels of the extractor: sums of weights, one pass over the tiles, merge of the blocks.
 
     W'_ed = W_ed a_d       c_e = sum_d W'_ed       b'_e = b_e + sum_d W_ed z_d
     kv_le = r_l (sum_d W'_ed x_ld - m_l c_e) + b'_e
     s_gl = q_g . k_l / sqrt(width of a head)       o_g = sum_l e^(s_gl - lse_g) v_l
 
+W' is rounded to the dtype of W and never stored: every program folds its piece, as it loads it.
 x tiles, m and r their mean and 1 / deviation, a and z scale and shift of the LayerNorm, W and b the
 projection, e its columns; q, k, v per head. Products take the dtype of the inputs; sums, softmax
 and merge are float32, exponents to base 2. A block of rows leaves its own o, rounded to the dtype
@@ -15,47 +16,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from modaltune.kernels.extraction.triton_blocks import head_rows, keys_and_values, slices, widen
+from modaltune.kernels.extraction.triton_blocks import (
+    head_rows,
+    keys_and_values,
+    slices,
+    source_rows,
+    widen,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def extraction_fwd_weights_kernel(
-    weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, packed_ptr, constants_ptr,
+    weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, constants_ptr,
     stride_we,
     width,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """W' (packed, in the dtype of W), c and b' of one packed column; constants are [2, columns]."""
-    COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD
-    packed = tl.program_id(0)
-    within = packed % COLUMNS
-    is_value = within // (PER_GROUP * HEAD_PAD)
-    head = packed // COLUMNS * PER_GROUP + within // HEAD_PAD % PER_GROUP
-    d = within % HEAD_PAD
-    is_real = (d < HEAD_DIM) & (head < NUM_HEADS)
-    column = tl.where(is_real, (is_value * NUM_HEADS + head) * HEAD_DIM + d, 0)
-    row_ptr = weight_ptr + column.to(tl.int64) * stride_we
-    packed_row_ptr = packed_ptr + packed.to(tl.int64) * width
+    """c and b' of one column: constants are [2, columns]."""
+    column = tl.program_id(0)
+    source, is_real = source_rows(column, NUM_HEADS, HEAD_DIM, HEAD_PAD, PER_GROUP)
+    row_ptr = weight_ptr + source.to(tl.int64) * stride_we
     total = tl.zeros([BLOCK_K], tl.float32)
     shift = tl.zeros([BLOCK_K], tl.float32)
     for at in range(0, width, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)  # [K]
         inside = k < width
-        keep = inside & is_real
-        weight = widen(tl.load(row_ptr + k, mask=keep, other=0.0), UPCAST).to(tl.float32)
+        weight = widen(tl.load(row_ptr + k, mask=inside & is_real, other=0.0), UPCAST)
+        weight = weight.to(tl.float32)
         scale = widen(tl.load(norm_weight_ptr + k, mask=inside, other=0.0), UPCAST)
         move = widen(tl.load(norm_bias_ptr + k, mask=inside, other=0.0), UPCAST)
         # The sum is taken of what the product will see: the rounded weights.
-        scaled = (weight * scale.to(tl.float32)).to(packed_ptr.dtype.element_ty)  # [K]
-        tl.store(packed_row_ptr + k, scaled, mask=inside)
-        total += scaled.to(tl.float32)
+        scaled = (weight * scale.to(tl.float32)).to(weight_ptr.dtype.element_ty)  # [K]
+        total += widen(scaled, UPCAST).to(tl.float32)
         shift += weight * move.to(tl.float32)
-    bias = widen(tl.load(bias_ptr + column, mask=is_real, other=0.0), UPCAST).to(tl.float32)
-    tl.store(constants_ptr + packed, tl.sum(total, 0))
-    tl.store(constants_ptr + GROUPS * COLUMNS + packed, tl.sum(shift, 0) + bias)
+    bias = widen(tl.load(bias_ptr + source, mask=is_real, other=0.0), UPCAST).to(tl.float32)
+    tl.store(constants_ptr + column, tl.sum(total, 0))
+    constants_ptr += 2 * GROUPS * PER_GROUP * HEAD_PAD
+    tl.store(constants_ptr + column, tl.sum(shift, 0) + bias)
 
 
 @triton.jit
@@ -85,9 +85,9 @@ def _attend(k, v, q_ptr, part_ptr, part_lse_ptr, stride_qg, keep, row, head, num
 
 @triton.jit
 def extraction_fwd_kernel(
-    q_ptr, x_ptr, packed_ptr, constants_ptr, work_ptr,
+    q_ptr, x_ptr, weight_ptr, norm_weight_ptr, constants_ptr, work_ptr,
     part_ptr, part_lse_ptr,
-    stride_qb, stride_qg, stride_xn,
+    stride_qb, stride_qg, stride_xn, stride_we,
     num_queries, width, eps, scale,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -99,7 +99,6 @@ def extraction_fwd_kernel(
     Groups of a block are neighbours in the grid, so they read the same rows at the same time.
     `scale` is the factor of q . k times log2(e).
     """
-    COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD
     block = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
     case = tl.load(work_ptr + 3 * block).to(tl.int64)
@@ -107,8 +106,9 @@ def extraction_fwd_kernel(
     rows = start + tl.arange(0, BLOCK_L)  # [L]
     keep = rows < tl.load(work_ptr + 3 * block + 2)
     kv, _, _ = keys_and_values(
-        x_ptr, packed_ptr, constants_ptr, rows, keep, group, stride_xn, width, eps,
-        COLUMNS, GROUPS, BLOCK_L, BLOCK_K, EVEN_K, UPCAST, PRECISION,
+        x_ptr, weight_ptr, norm_weight_ptr, constants_ptr, rows, keep, group, stride_xn, stride_we,
+        width, eps, NUM_HEADS, HEAD_DIM, HEAD_PAD, PER_GROUP, GROUPS, BLOCK_L, BLOCK_K, EVEN_K,
+        UPCAST, PRECISION,
     )  # fmt: skip
     parts = slices(kv, BLOCK_L, 2 * PER_GROUP, HEAD_PAD)  # each [L, HEAD_PAD]
     q_ptr += case * stride_qb

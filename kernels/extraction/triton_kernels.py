@@ -1,13 +1,13 @@
 """The extractor on the GPU: launchers, and what is compiled offline.
 
-A launch of the forward pass is three kernels: weights folded with the LayerNorm and packed by head
-group, one pass over the tiles that leaves each block's result and log-sum-exp, and their merge. The
+A launch of the forward pass is three kernels: sums of the weights that the LayerNorm is folded
+into, one pass over the tiles that leaves each block's result and log-sum-exp, and their merge. The
 backward pass computes keys and values again; see triton_backward.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,8 +39,9 @@ from modaltune.kernels.extraction.triton_forward import (
 from modaltune.kernels.resources import CompileSpec
 
 OP = "extraction"
+MANY_QUERIES = 80  # more than 64 + 16: the backward kernel takes smaller blocks
 LOG2E = 1 / LN2.value
-PRECISION = {torch.float16: "tf32", torch.bfloat16: "tf32", torch.float32: "tf32x3"}
+PRECISION = "ieee"  # of float32 products, which are there for checks rather than for speed
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -49,10 +50,12 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def _variant(kernel: str, dtype: torch.dtype, plan: HeadPlan) -> str:
-    """Name of a kernel's configuration: wide heads and float32 need smaller blocks."""
-    wide = ".wide" if plan.padded_dim > 64 else ""
-    return kernel + (".fp32" if dtype == torch.float32 else "") + wide
+def _variant(kernel: str, dtype: torch.dtype, plan: HeadPlan | None, queries: int = 0) -> str:
+    """Name of a kernel's configuration: float32, wide heads, many queries need small blocks."""
+    name = kernel + (".fp32" if dtype == torch.float32 else "")
+    if plan is not None and plan.padded_dim > 64:
+        return name + ".wide"
+    return name + (".many" if queries > MANY_QUERIES else "")
 
 
 def _heads(plan: HeadPlan) -> dict[str, int]:
@@ -71,28 +74,49 @@ def _rows_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _pack(
+class _Weights(NamedTuple):
+    """The projection as the kernels take it.
+
+    Attributes:
+        weight: `[2E, D]` with neighbouring columns side by side.
+        norm_weight: `[D]`.
+        constants: `[2, columns]` float32 sums and biases of the folded columns.
+    """
+
+    weight: Tensor
+    norm_weight: Tensor
+    constants: Tensor
+
+    def folded(self) -> dict[str, Any]:
+        """Arguments of a kernel that folds weights as it loads them."""
+        return {
+            "weight_ptr": self.weight,
+            "norm_weight_ptr": self.norm_weight,
+            "stride_we": self.weight.stride(0),
+        }
+
+
+def _sum_weights(
     kv_weight: Tensor, kv_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, plan: HeadPlan
-) -> tuple[Tensor, Tensor]:
-    """Return the packed weights `[columns, D]` and their sums and biases `[2, columns]` fp32."""
-    columns, width = plan.groups * plan.columns, kv_weight.shape[1]
-    kv_weight = _rows_last(kv_weight)
-    packed = _allocate((columns, width), kv_weight.dtype, kv_weight.device)
-    constants = _allocate((2, columns), torch.float32, kv_weight.device)
+) -> _Weights:
+    """Launch the sums over the width that fold the LayerNorm into the projection."""
+    columns, device = plan.groups * plan.columns, kv_weight.device
+    found = _Weights(
+        _rows_last(kv_weight),
+        norm_weight.contiguous(),
+        _allocate((2, columns), torch.float32, device),
+    )
     extraction_fwd_weights_kernel[(columns,)](
-        weight_ptr=kv_weight,
+        **found.folded(),
         bias_ptr=kv_bias.contiguous(),
-        norm_weight_ptr=norm_weight.contiguous(),
         norm_bias_ptr=norm_bias.contiguous(),
-        packed_ptr=packed,
-        constants_ptr=constants,
-        stride_we=kv_weight.stride(0),
-        width=width,
+        constants_ptr=found.constants,
+        width=kv_weight.shape[1],
         **_heads(plan),
         UPCAST=needs_upcast(kv_weight.dtype),
-        **config(OP, "extraction_fwd_weights_kernel", kv_weight.device),
+        **config(OP, "extraction_fwd_weights_kernel", device),
     )
-    return packed, constants
+    return found
 
 
 def launch_extraction_fwd(
@@ -129,15 +153,15 @@ def launch_extraction_fwd(
     main, tail = query_parts(count, settings.pop("LEAST_TAIL", 16))
     x, queries = _rows_last(x), _rows_last(queries)
     work = work_list(offsets, settings["BLOCK_L"], num_prefix, device)
-    packed, constants = _pack(kv_weight, kv_bias, norm_weight, norm_bias, plan)
+    weights = _sum_weights(kv_weight, kv_bias, norm_weight, norm_bias, plan)
     part_lse = _allocate((work.blocks, plan.padded_heads, count), torch.float32, device)
     part = _allocate((*part_lse.shape, plan.padded_dim), x.dtype, device)
     if work.blocks:
         extraction_fwd_kernel[(work.blocks * plan.groups,)](
             q_ptr=queries,
             x_ptr=x,
-            packed_ptr=packed,
-            constants_ptr=constants,
+            **weights.folded(),
+            constants_ptr=weights.constants,
             work_ptr=work.items,
             part_ptr=part,
             part_lse_ptr=part_lse,
@@ -153,7 +177,7 @@ def launch_extraction_fwd(
             TAIL=tail,
             EVEN_K=x.shape[1] % settings["BLOCK_K"] == 0,
             UPCAST=needs_upcast(x.dtype),
-            PRECISION=PRECISION[x.dtype],
+            PRECISION=PRECISION,
             **settings,
         )
     out = _allocate((cases, count, inner), x.dtype, device)
@@ -216,18 +240,19 @@ def launch_extraction_bwd(
     """
     x, queries, grad_out = _rows_last(x), _rows_last(queries), _rows_last(grad_out)
     plan = head_plan(queries.shape[2], num_heads)
-    packed, constants = _pack(kv_weight, kv_bias, norm_weight, norm_bias, plan)
-    kv, of_rows = _project(x, packed, constants, offsets, num_prefix, plan, eps)
-    settings = config(OP, _variant("extraction_bwd_kernel", x.dtype, plan), x.device)
+    weights = _sum_weights(kv_weight, kv_bias, norm_weight, norm_bias, plan)
+    kv, of_rows = _project(x, weights, offsets, num_prefix, plan, eps)
+    variant = _variant("extraction_bwd_kernel", x.dtype, plan, queries.shape[1])
+    settings = config(OP, variant, x.device)
     work = work_list(offsets, settings["BLOCK_L"], num_prefix, x.device)
     pulled = _pull_rows(
-        grad_out, queries, constants, out, lse, kv, of_rows, work, plan, needs, settings
+        grad_out, queries, weights.constants, out, lse, kv, of_rows, work, plan, needs, settings
     )
     found: list[Tensor | None] = [None] * 6
     if needs[0]:
         found[0] = _merge_queries(pulled.dq, work, queries, plan)
     if needs[1]:
-        found[1] = _pull_x(x, packed, pulled, offsets, num_prefix, plan)
+        found[1] = _pull_x(x, weights, pulled, offsets, num_prefix, plan)
     if any(needs[2:]):
         found[2:] = _pull_weights(
             x, norm_weight, norm_bias, kv_weight, pulled, offsets, num_prefix, plan, needs[2:]
@@ -237,8 +262,7 @@ def launch_extraction_bwd(
 
 def _project(
     x: Tensor,
-    packed: Tensor,
-    constants: Tensor,
+    weights: _Weights,
     offsets: Tensor,
     num_prefix: int,
     plan: HeadPlan,
@@ -254,8 +278,8 @@ def _project(
     if work.blocks:
         extraction_bwd_project_kernel[(work.blocks * plan.groups,)](
             x_ptr=x,
-            packed_ptr=packed,
-            constants_ptr=constants,
+            **weights.folded(),
+            constants_ptr=weights.constants,
             work_ptr=work.items,
             kv_ptr=kv,
             rows_ptr=of_rows,
@@ -263,11 +287,10 @@ def _project(
             num_rows=rows,
             width=x.shape[1],
             eps=eps,
-            COLUMNS=plan.columns,
-            GROUPS=plan.groups,
+            **_heads(plan),
             EVEN_K=x.shape[1] % settings["BLOCK_K"] == 0,
             UPCAST=needs_upcast(x.dtype),
-            PRECISION=PRECISION[x.dtype],
+            PRECISION=PRECISION,
             **settings,
         )
     return kv, of_rows
@@ -329,7 +352,7 @@ def _pull_rows(
             MAIN=main,
             TAIL=tail,
             UPCAST=needs_upcast(kv.dtype),
-            PRECISION=PRECISION[kv.dtype],
+            PRECISION=PRECISION,
             NEEDS_DQ=needs_dq,
             NEEDS_DKV=needs_dkv,
             **settings,
@@ -358,11 +381,10 @@ def _merge_queries(part: Tensor, work: Work, queries: Tensor, plan: HeadPlan) ->
 
 
 def _pull_x(
-    x: Tensor, packed: Tensor, pulled: _Pulled, offsets: Tensor, num_prefix: int, plan: HeadPlan
+    x: Tensor, weights: _Weights, pulled: _Pulled, offsets: Tensor, num_prefix: int, plan: HeadPlan
 ) -> Tensor:
     """Return dx `[N, D]`; zero in the prefix rows."""
-    suffix = ".fp32" if x.dtype == torch.float32 else ""
-    settings = config(OP, "extraction_bwd_dx_kernel" + suffix, x.device)
+    settings = config(OP, _variant("extraction_bwd_dx_kernel", x.dtype, None), x.device)
     settings["BLOCK_K"] = min(settings["BLOCK_K"], plan.columns)
     work = work_list(offsets, settings["BLOCK_L"], num_prefix, x.device)
     dx = _allocate(x.shape, x.dtype, x.device)
@@ -371,7 +393,7 @@ def _pull_x(
         extraction_bwd_dx_kernel[(work.blocks * triton.cdiv(x.shape[1], settings["BLOCK_D"]),)](
             x_ptr=x,
             w_ptr=pulled.w,
-            packed_ptr=packed,
+            **weights.folded(),
             rows_ptr=pulled.rows,
             work_ptr=work.items,
             dx_ptr=dx,
@@ -379,11 +401,10 @@ def _pull_x(
             stride_dn=dx.stride(0),
             num_rows=x.shape[0],
             width=x.shape[1],
-            NUM_HEADS=plan.heads,
-            ALL_COLUMNS=plan.groups * plan.columns,
+            **_heads(plan),
             EVEN_D=x.shape[1] % settings["BLOCK_D"] == 0,
             UPCAST=needs_upcast(x.dtype),
-            PRECISION=PRECISION[x.dtype],
+            PRECISION=PRECISION,
             **settings,
         )
     return dx
@@ -415,13 +436,13 @@ def _pull_weights(
     width = x.shape[1]
     sums = pulled.sums.sum(0)  # [2, columns]
 
-    def unpacked(t: Tensor) -> Tensor:
-        """From packed columns first to the 2E columns of the projection."""
+    def in_order(t: Tensor) -> Tensor:
+        """From columns by group first to the 2E rows of the projection."""
         t = t.unflatten(0, (plan.groups, 2, plan.per_group, plan.padded_dim)).transpose(0, 1)
         t = t.flatten(1, 2)[:, : plan.heads, : plan.dim]
         return t.flatten(0, 2)
 
-    shift = unpacked(sums[0])  # [2E]
+    shift = in_order(sums[0])  # [2E]
     weight = kv_weight.float()
     found: list[Tensor | None] = [None] * 4
     if needs[0] or needs[2]:
@@ -429,7 +450,7 @@ def _pull_weights(
         for start, end in pairwise(offsets.tolist()):
             start = min(start + num_prefix, end)
             product += _product(pulled.w[start:end], x[start:end])
-        slopes = unpacked(product - sums[1, :, None])  # [2E, D]
+        slopes = in_order(product - sums[1, :, None])  # [2E, D]
         if needs[0]:
             found[0] = (weight * slopes).sum(0)
         if needs[2]:
@@ -441,104 +462,88 @@ def _pull_weights(
     return [t if t is None else t.to(x.dtype) for t in found]
 
 
-def _spec(
-    kernel: Any,
-    capability: int,
-    dtype: str,
-    constexprs: Mapping[str, Any],
-    settings: Mapping[str, int],
-    half: Sequence[str] = (),
-    has_product: bool = True,
-) -> CompileSpec:
-    """Spec of a kernel whose pointers `half` have the dtype of x; other pointers are float32."""
-    options = {k: settings[k] for k in ("num_warps", "num_stages")}
-    constexprs = {**constexprs, **{k: v for k, v in settings.items() if k not in options}}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constexprs:
-            signature[name] = "constexpr"
-        elif name in ("work_ptr", "first_ptr"):
-            signature[name] = "*i32"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}" if name in half else "*fp32"
-        else:
-            signature[name] = "fp32" if name in ("eps", "scale") else "i32"
-    free = ("num_queries", "num_rows", "eps", "scale")
-    aligned = [n for n, t in signature.items() if t != "constexpr" and n not in free]
-    return CompileSpec(
-        OP, kernel.__name__, capability, signature, constexprs, options, aligned, dtype, has_product
+_PUBLISHED = (65, 192, 12)  # queries, inner width, heads
+_POOLER = (1, 768, 8)  # TITAN's attentional pooler: heads of 96
+_MOST = (128, 192, 12)  # as many queries as fit
+_HALF_POINTERS = tuple(
+    f"{name}_ptr"
+    for name in (
+        *("q", "x", "part", "do", "kv", "w", "dx", "dq", "out"),
+        *("weight", "bias", "norm_weight", "norm_bias"),
     )
-
-
-# Queries, inner width and heads: the published extractor, its largest case, TITAN's pooler.
-_SHAPES = ((65, 192, 12), (128, 192, 12), (1, 768, 8))
-_WIDTH = 768
+)
+# One configuration serves every GPU in float32 and for wide heads: compiled for the GPU with the
+# fewest registers and bytes of shared memory to a program. Kernels without products likewise.
+_TIGHTEST = 120
+_PRODUCTS = (
+    extraction_fwd_kernel,
+    extraction_bwd_project_kernel,
+    extraction_bwd_kernel,
+    extraction_bwd_dx_kernel,
+)
+_MERGES = (
+    extraction_fwd_weights_kernel,
+    extraction_fwd_merge_kernel,
+    extraction_bwd_merge_kernel,
+)
 
 
 def compile_specs(capability: int) -> list[CompileSpec]:
-    """Return what is compiled offline: every kernel at D = 768, for 65 and 128 queries of 12 heads
-    of 16, and one query of 8 heads of 96."""
-    specs: list[CompileSpec] = []
-    for dtype, name in _NAMES.items():
-        for queries, inner, heads in _SHAPES[: None if name != "fp32" else 1]:
-            specs += _shape_specs(capability, dtype, name, queries, head_plan(inner, heads))
+    """Return what is compiled offline, at D = 768.
+
+    The published extractor in bfloat16 for every GPU (float16 differs in the type of an
+    instruction); the largest number of queries, TITAN's pooler, float32, and what multiplies
+    nothing for the tightest one.
+    """
+    specs = [_spec(kernel, capability, torch.bfloat16, _PUBLISHED) for kernel in _PRODUCTS]
+    if capability == _TIGHTEST:
+        specs += [_spec(kernel, capability, torch.bfloat16, _PUBLISHED) for kernel in _MERGES]
+        specs += [_spec(kernel, capability, torch.float32, _PUBLISHED) for kernel in _PRODUCTS]
+        for kernel in (extraction_fwd_kernel, extraction_bwd_kernel):
+            specs.append(_spec(kernel, capability, torch.bfloat16, _MOST))
+        for dtype in (torch.bfloat16, torch.float32):
+            specs += [_spec(kernel, capability, dtype, _POOLER) for kernel in _PRODUCTS[:3]]
     return specs
 
 
-def _shape_specs(
-    capability: int, dtype: torch.dtype, name: str, queries: int, plan: HeadPlan
-) -> list[CompileSpec]:
-    main, tail = query_parts(queries)
-    common = {"UPCAST": False, "PRECISION": PRECISION[dtype]}
-    heads = {**_heads(plan), "MAIN": main, "TAIL": tail, **common}
-    one = {"NUM_HEADS": plan.heads, "HEAD_DIM": plan.dim, "HEAD_PAD": plan.padded_dim}
-    columns = plan.groups * plan.columns
+def _spec(
+    kernel: Any, capability: int, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> CompileSpec:
+    """Spec of a kernel for G queries, inner width E and H heads."""
+    queries, plan = shape[0], head_plan(*shape[1:])
+    name, half = kernel.fn.__name__, _NAMES[dtype]
+    key = name
+    if kernel in _PRODUCTS:
+        many = queries if kernel is extraction_bwd_kernel else 0
+        key = _variant(name, dtype, None if kernel is extraction_bwd_dx_kernel else plan, many)
+    settings = dict(shipped(OP)[key][str(capability)])
+    main, tail = query_parts(queries, settings.pop("LEAST_TAIL", 16))
+    known = {**settings, **_heads(plan), "PADDED_HEADS": plan.padded_heads, "MAIN": main}
+    known |= {"TAIL": tail, "EVEN_K": True, "EVEN_D": True, "NEEDS_DQ": True, "NEEDS_DKV": True}
+    known |= {"UPCAST": False, "PRECISION": PRECISION}
 
-    def spec(kernel: Any, constexprs: Mapping[str, Any], variant: str = "", **more: Any) -> None:
-        chosen = dict(shipped(OP)[variant or kernel.__name__][str(capability)])
-        least_tail = chosen.pop("LEAST_TAIL", 16)
-        if "TAIL" in constexprs:
-            constexprs = {**constexprs, "TAIL": query_parts(queries, least_tail)[1]}
-        specs.append(_spec(kernel, capability, name, constexprs, chosen, **more))
+    def kind(argument: str) -> str:
+        if argument in known:
+            return "constexpr"
+        if argument in ("work_ptr", "first_ptr"):
+            return "*i32"
+        if argument.endswith("_ptr"):
+            # The backward kernel reads the unrounded result; its merge adds up float32 parts.
+            single = kernel is extraction_bwd_kernel and argument in ("out_ptr", "dq_ptr")
+            single |= kernel is extraction_bwd_merge_kernel and argument == "part_ptr"
+            return f"*{half}" if argument in _HALF_POINTERS and not single else "*fp32"
+        return "fp32" if argument in ("eps", "scale") else "i32"
 
-    specs: list[CompileSpec] = []
-    spec(
-        extraction_fwd_kernel,
-        {**heads, "EVEN_K": True},
-        _variant("extraction_fwd_kernel", dtype, plan),
-        half=("q_ptr", "x_ptr", "packed_ptr", "part_ptr"),
+    free = ("num_queries", "num_rows", "eps", "scale")
+    signature = {n: kind(n) for n in kernel.arg_names}
+    return CompileSpec(
+        op=OP,
+        kernel=name,
+        capability=capability,
+        signature=signature,
+        constexprs={n: known[n] for n in kernel.arg_names if n in known},
+        options={n: settings[n] for n in ("num_warps", "num_stages")},
+        aligned=[n for n, t in signature.items() if t != "constexpr" and n not in free],
+        dtype=half,
+        has_product=kernel in _PRODUCTS,
     )
-    spec(
-        extraction_bwd_kernel,
-        {**heads, "NEEDS_DQ": True, "NEEDS_DKV": True},
-        _variant("extraction_bwd_kernel", dtype, plan),
-        half=("do_ptr", "q_ptr", "kv_ptr"),
-    )
-    if queries == 128:
-        return specs  # the other kernels do not depend on the number of queries
-    spec(
-        extraction_bwd_project_kernel,
-        {"COLUMNS": plan.columns, "GROUPS": plan.groups, "EVEN_K": True, **common},
-        _variant("extraction_bwd_project_kernel", dtype, plan),
-        half=("x_ptr", "packed_ptr", "kv_ptr"),
-    )
-    spec(
-        extraction_bwd_dx_kernel,
-        {"NUM_HEADS": plan.heads, "ALL_COLUMNS": columns, "EVEN_D": True, **common},
-        "extraction_bwd_dx_kernel" + (".fp32" if name == "fp32" else ""),
-        half=("x_ptr", "w_ptr", "packed_ptr", "dx_ptr"),
-    )
-    spec(
-        extraction_fwd_weights_kernel,
-        {**_heads(plan), "UPCAST": False},
-        half=("weight_ptr", "bias_ptr", "norm_weight_ptr", "norm_bias_ptr", "packed_ptr"),
-        has_product=False,
-    )
-    spec(
-        extraction_fwd_merge_kernel,
-        {**one, "PADDED_HEADS": plan.padded_heads, "UPCAST": False},
-        half=("part_ptr", "out_ptr"),
-        has_product=False,
-    )
-    spec(extraction_bwd_merge_kernel, one, half=("dq_ptr",), has_product=False)
-    return specs

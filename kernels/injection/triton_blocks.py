@@ -62,8 +62,11 @@ def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constex
     total = tl.zeros([BLOCK_L], tl.float32)
     squares = tl.zeros([BLOCK_L], tl.float32)
     if STATISTICS:
-        # Sums of differences from a row's first value: a large mean does not drown the variance.
-        shift = tl.load(base + rows * stride, mask=keep, other=0.0).to(tl.float32)
+        # Sums of differences from the mean of a row's first values: the variance does not cancel.
+        cols = tl.arange(0, BLOCK_K)
+        pointers = base + (rows[:, None] * stride + cols[None, :])  # [L, BLOCK_K]
+        x = tl.load(pointers, mask=row_mask(keep, cols, WIDTH, BLOCK_K), other=0.0)
+        shift = tl.sum(x.to(tl.float32), 1) / min(WIDTH, BLOCK_K)
     for first in range(0, WIDTH, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K)
         mask = row_mask(keep, cols, WIDTH, BLOCK_K)
