@@ -79,6 +79,31 @@ def _load_rows(ptr, rows, end, columns, D: tl.constexpr, EDGE: tl.constexpr, UPC
 
 
 @triton.jit
+def _dot_rows(
+    a, ptr, rows, end, columns, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALVES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products of a [B, D] with rows below end of a matrix [*, D], as [B, R].
+
+    In halves of D where a whole row of operands in float32, as three tf32 parts, would spill.
+    """
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_D // 2
+        halves = tl.permute(tl.reshape(a, [BLOCK_B, 2, HALF]), [0, 2, 1])  # [B, D / 2, 2]
+        low, high = tl.split(halves)  # [B, D / 2] each
+        d = tl.arange(0, HALF)  # [D / 2]
+        weight = _load_rows(ptr, rows, end, d, D, D < BLOCK_D, UPCAST)  # [R, D / 2]
+        out = tl.dot(weight, tl.trans(low), input_precision=PRECISION)  # [R, B]
+        weight = _load_rows(ptr, rows, end, HALF + d, D, D < BLOCK_D, UPCAST)  # [R, D / 2]
+        out = tl.dot(weight, tl.trans(high), out, input_precision=PRECISION)  # [R, B]
+        out = tl.trans(out)  # [B, R]
+    else:
+        weight = _load_rows(ptr, rows, end, columns, D, D < BLOCK_D, UPCAST)  # [R, D]
+        out = tl.dot(a, tl.trans(weight), input_precision=PRECISION)  # [B, R]
+    return out
+
+
+@triton.jit
 def _gather(x_ptr, gene_ptr, members, end, cases, num_cases, stride_xb, UPCAST: tl.constexpr):
     """Expression of the genes of some memberships, [B, G]; zero past the end and for no case."""
     genes = tl.load(gene_ptr + members, mask=members < end, other=0)  # [G]
@@ -167,7 +192,7 @@ def pathway_mlp_bwd_kernel(
     NEEDS_X: tl.constexpr, NEEDS_WEIGHT1: tl.constexpr, NEEDS_BIAS1: tl.constexpr,
     NEEDS_WEIGHT2: tl.constexpr, NEEDS_BIAS2: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
+    HALVES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients that BLOCK_B cases give one pathway, and theirs by membership."""
     NEEDS_FIRST: tl.constexpr = NEEDS_X or NEEDS_WEIGHT1 or NEEDS_BIAS1
@@ -190,10 +215,8 @@ def pathway_mlp_bwd_kernel(
     grad_first = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for first_o in range(0, D, BLOCK_O):
         o = first_o + tl.arange(0, BLOCK_O)  # [O]
-        weight = _load_rows(
-            weight2_ptr + pathway * D * D, o, D, d, D, D < BLOCK_D, UPCAST
-        )  # [O, D]
-        z = tl.dot(kept, tl.trans(weight), input_precision=PRECISION)  # [B, O]
+        rows_ptr = weight2_ptr + pathway * D * D
+        z = _dot_rows(kept, rows_ptr, o, D, d, D, BLOCK_B, BLOCK_D, HALVES, UPCAST)  # [B, O]
         bias = tl.load(bias2_ptr + pathway * D + o, mask=o < D, other=0.0).to(tl.float32)  # [O]
         at = pulled_ptr + (cases.to(tl.int64)[:, None] * num_pathways + pathway) * D + o[None, :]
         mask = (cases < num_cases)[:, None] & (o < D)[None, :]
@@ -211,6 +234,7 @@ def pathway_mlp_bwd_kernel(
             at = grad_weight2_ptr + (pathway * D + o)[:, None] * D + d[None, :]
             _add_to(at, of_weight, (o < D)[:, None] & (d < D)[None, :], is_first)
         if NEEDS_FIRST:
+            weight = _load_rows(rows_ptr, o, D, d, D, D < BLOCK_D, UPCAST)  # [O, D]
             grad_first = tl.dot(grad, weight, grad_first, input_precision=PRECISION)  # [B, D]
     if NEEDS_FIRST:
         grad_first = grad_first * _slope(hidden)
@@ -233,10 +257,10 @@ def pathway_mlp_bwd_kernel(
                     at = grad_weight1_ptr + members.to(tl.int64)[:, None] * D + d[None, :]
                     _add_to(at, of_weight, (members < end)[:, None] & (d < D)[None, :], is_first)
                 if NEEDS_X:
-                    weight = _load_rows(
-                        weight1_ptr, members, end, d, D, D < BLOCK_D, UPCAST
-                    )  # [G, D]
-                    of_x = tl.dot(grad_first, tl.trans(weight), input_precision=PRECISION)  # [B, G]
+                    of_x = _dot_rows(
+                        grad_first, weight1_ptr, members, end, d, D, BLOCK_B, BLOCK_D, HALVES,
+                        UPCAST,
+                    )  # [B, G]  # fmt: skip
                     at = cases.to(tl.int64)[:, None] * num_members + members[None, :]
                     mask = (cases < num_cases)[:, None] & (members < end)[None, :]
                     tl.store(grad_members_ptr + at, of_x, mask=mask)
@@ -323,6 +347,7 @@ def _arguments(
         **drop._asdict(),
         "D": bias1.shape[1],
         "HAS_DROPOUT": dropout_p > 0,
+        "HALVES": expression.dtype == torch.float32,
         "UPCAST": needs_upcast(expression.dtype),
     }
 
@@ -438,6 +463,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
             chosen = shipped(OP)[kernel.__name__ + _variant(dtype, cases)][str(capability)]
             chosen = _fit(dict(chosen), _WIDTH) | flags
             chosen |= {"D": _WIDTH, "HAS_DROPOUT": has_dropout, "UPCAST": False}
+            chosen |= {"HALVES": dtype == torch.float32}
             specs.append(_spec(kernel, capability, name, chosen, cases == 1))
     chosen = dict(shipped(OP)[pathway_mlp_bwd_gene_kernel.__name__][str(capability)])
     specs.append(_spec(pathway_mlp_bwd_gene_kernel, capability, "fp32", chosen, False))
