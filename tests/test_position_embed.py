@@ -187,9 +187,77 @@ def _valid() -> dict[str, object]:
         ({"cls_token": torch.zeros(11)}, ValueError, "cls_token must have 12 values, got 11"),
         ({"offsets": torch.tensor([0, 4, 8])}, ValueError, "offsets must rise from 0 to the num"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
-        ({"impl": "triton"}, RuntimeError, "embed_positions: impl='triton'"),
+        (
+            {"impl": "triton"},
+            RuntimeError,
+            "embed_positions: impl='triton' takes float16, bfloat16 or float32, got torch.float64",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         embed_positions(**{**_valid(), **change})
+
+
+def test_triton_says_why_it_can_not_run() -> None:
+    inputs = make_inputs([4], dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, or TRITON_INTERPRET=1"):
+        embed_positions(**inputs, impl="triton")
+
+
+def test_cells_in_a_wide_range_equal_the_reference() -> None:
+    inputs = make_inputs([9])
+    inputs["cells"][3, 0], inputs["cells"][4, 1] = 10**7, -5
+    want = embed_positions(**inputs, impl="reference")
+    assert torch.equal(embed_positions(**inputs, impl="cpu"), want)
+
+
+@pytest.mark.parametrize("lengths", [[9], [3, 0, 2]])
+def test_opcheck(lengths: list[int]) -> None:
+    inputs = make_inputs(lengths, dtype=torch.float32)
+    x, cls_token = inputs["x"].requires_grad_(), inputs["cls_token"].requires_grad_()
+    torch.library.opcheck(
+        torch.ops.modaltune.position_embed_fwd.default,
+        (x, inputs["cells"], cls_token, pack_offsets(lengths), "cpu"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("lengths", [[9], [3, 0, 2]])
+def test_compiles_as_one_graph(lengths: list[int], backend: str) -> None:
+    inputs, offsets = make_inputs(lengths, dtype=torch.float32), pack_offsets(lengths)
+    torch.compiler.reset()
+    compiled = torch.compile(embed_positions, fullgraph=True, backend=backend)
+    got = run_with_gradients(compiled, inputs, offsets=offsets)
+    want = run_with_gradients(embed_positions, inputs, offsets=offsets, impl="cpu")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
+
+
+def test_saves_the_offsets_alone_and_skips_frozen_inputs() -> None:
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    inputs, offsets = make_inputs([4, 5]), pack_offsets([4, 5])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        assert not embed_positions(**inputs, offsets=offsets).requires_grad
+        assert kept == []
+        inputs["cls_token"].requires_grad_()
+        out = embed_positions(**inputs, offsets=offsets)
+    assert sum(t.numel() * t.element_size() for t in kept) == 8 * 3
+    out.sum().backward()
+    assert inputs["x"].grad is None
+    assert torch.equal(inputs["cls_token"].grad, torch.full((12,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_keeps_the_dtype_of_the_tiles(impl: str) -> None:
+    inputs = make_inputs([6], dtype=torch.float32)
+    want = embed_positions(**inputs, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embed_positions(**inputs, impl=impl), want)
+        half = {**inputs, "x": inputs["x"].bfloat16()}
+        assert embed_positions(**half, impl=impl).dtype == torch.bfloat16

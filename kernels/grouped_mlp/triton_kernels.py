@@ -68,14 +68,50 @@ def _gone(
 
 @triton.jit
 def _load_rows(ptr, rows, end, columns, D: tl.constexpr, EDGE: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows below end of a matrix [*, D], as a tile that is zero elsewhere."""
+    """Rows below end of a pathway's matrix [*, D] at ptr, as a tile that is zero elsewhere."""
     mask = (rows < end)[:, None]
     if EDGE:
         mask = mask & (columns < D)[None, :]
-    tile = tl.load(ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    tile = tl.load(ptr + (rows[:, None] * D + columns[None, :]), mask=mask, other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def _dot_rows(
+    a, scratch_ptr, ptr, rows, end, columns, D: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products of a [B, D] with rows [R] below end of a matrix [*, D], as [B, R].
+
+    In steps of BLOCK_K columns, a read back from scratch, where whole rows of operands (three tf32
+    parts of a float32) would spill.
+    """
+    if BLOCK_K < BLOCK_D:
+        out = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+        row = tl.arange(0, BLOCK_B) * BLOCK_D  # [B]
+        for first_k in range(0, BLOCK_D, BLOCK_K):
+            k = first_k + tl.arange(0, BLOCK_K)  # [K]
+            part = tl.load(scratch_ptr + (row[:, None] + k[None, :]))  # [B, K]
+            weight = _load_rows(ptr, rows, end, k, D, D < BLOCK_D, UPCAST)  # [R, K]
+            out = tl.dot(part, tl.trans(weight), out, input_precision=PRECISION)  # [B, R]
+    else:
+        weight = _load_rows(ptr, rows, end, columns, D, D < BLOCK_D, UPCAST)  # [R, D]
+        out = tl.dot(a, tl.trans(weight), input_precision=PRECISION)  # [B, R]
+    return out
+
+
+@triton.jit
+def _to_scratch(
+    scratch_ptr, tile, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Keep a tile [B, D] where all threads of the program can read it, if `_dot_rows` will."""
+    if BLOCK_K < BLOCK_D:
+        at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [B, D]
+        tl.debug_barrier()  # the tile before has been read
+        tl.store(scratch_ptr + at, tile)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -97,10 +133,13 @@ def _first_layer(
 ):  # fmt: skip
     """ELU(z1) of BLOCK_B cases, [B, D] in float32; columns past D are zero."""
     hidden = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    for first in range(start, end, BLOCK_G):
-        members = first + tl.arange(0, BLOCK_G)  # [G]
-        x = _gather(x_ptr, gene_ptr, members, end, cases, num_cases, stride_xb, UPCAST)  # [B, G]
-        weight = _load_rows(weight1_ptr, members, end, d, D, D < BLOCK_D, UPCAST)  # [G, D]
+    rows_ptr, genes = weight1_ptr + start.to(tl.int64) * D, end - start
+    for first in range(0, genes, BLOCK_G):
+        member = first + tl.arange(0, BLOCK_G)  # [G]
+        x = _gather(
+            x_ptr, gene_ptr + start, member, genes, cases, num_cases, stride_xb, UPCAST
+        )  # [B, G]
+        weight = _load_rows(rows_ptr, member, genes, d, D, D < BLOCK_D, UPCAST)  # [G, D]
         hidden = tl.dot(x, weight, hidden, input_precision=PRECISION)  # [B, D]
     bias = tl.load(bias1_ptr + pathway * D + d, mask=d < D, other=0.0).to(tl.float32)  # [D]
     return _elu(hidden + bias[None, :])
@@ -161,13 +200,14 @@ def _add_to(ptr, tile, mask, is_first):
 def pathway_mlp_bwd_kernel(
     pulled_ptr, x_ptr, gene_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, pathway_ptr,
     grad_members_ptr, grad_weight1_ptr, grad_bias1_ptr, grad_weight2_ptr, grad_bias2_ptr,
+    scratch_ptr,
     stride_xb, first_case, is_first, num_cases, num_pathways, num_members,
     seed, threshold, scale, shift, dropped,
     D: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     NEEDS_X: tl.constexpr, NEEDS_WEIGHT1: tl.constexpr, NEEDS_BIAS1: tl.constexpr,
     NEEDS_WEIGHT2: tl.constexpr, NEEDS_BIAS2: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients that BLOCK_B cases give one pathway, and theirs by membership."""
     NEEDS_FIRST: tl.constexpr = NEEDS_X or NEEDS_WEIGHT1 or NEEDS_BIAS1
@@ -187,13 +227,15 @@ def pathway_mlp_bwd_kernel(
         kept = tl.where(gone1, dropped, hidden * scale + shift)
     if not UPCAST:
         kept = kept.to(weight2_ptr.dtype.element_ty)
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (BLOCK_B * BLOCK_D)
+    _to_scratch(scratch_ptr, kept, BLOCK_B, BLOCK_D, BLOCK_K)
     grad_first = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for first_o in range(0, D, BLOCK_O):
         o = first_o + tl.arange(0, BLOCK_O)  # [O]
-        weight = _load_rows(
-            weight2_ptr + pathway * D * D, o, D, d, D, D < BLOCK_D, UPCAST
-        )  # [O, D]
-        z = tl.dot(kept, tl.trans(weight), input_precision=PRECISION)  # [B, O]
+        rows_ptr = weight2_ptr + pathway * D * D
+        z = _dot_rows(
+            kept, scratch_ptr, rows_ptr, o, D, d, D, BLOCK_B, BLOCK_O, BLOCK_D, BLOCK_K, UPCAST
+        )  # [B, O]
         bias = tl.load(bias2_ptr + pathway * D + o, mask=o < D, other=0.0).to(tl.float32)  # [O]
         at = pulled_ptr + (cases.to(tl.int64)[:, None] * num_pathways + pathway) * D + o[None, :]
         mask = (cases < num_cases)[:, None] & (o < D)[None, :]
@@ -208,9 +250,10 @@ def pathway_mlp_bwd_kernel(
             grad = grad.to(weight2_ptr.dtype.element_ty)
         if NEEDS_WEIGHT2:
             of_weight = tl.dot(tl.trans(grad), kept, input_precision=PRECISION)  # [O, D]
-            at = grad_weight2_ptr + (pathway * D + o)[:, None] * D + d[None, :]
+            at = grad_weight2_ptr + pathway * D * D + (o[:, None] * D + d[None, :])
             _add_to(at, of_weight, (o < D)[:, None] & (d < D)[None, :], is_first)
         if NEEDS_FIRST:
+            weight = _load_rows(rows_ptr, o, D, d, D, D < BLOCK_D, UPCAST)  # [O, D]
             grad_first = tl.dot(grad, weight, grad_first, input_precision=PRECISION)  # [B, D]
     if NEEDS_FIRST:
         grad_first = grad_first * _slope(hidden)
@@ -222,23 +265,29 @@ def pathway_mlp_bwd_kernel(
             _add_to(grad_bias1_ptr + pathway * D + d, total, d < D, is_first)
         if not UPCAST:
             grad_first = grad_first.to(weight1_ptr.dtype.element_ty)
+        if NEEDS_X:
+            _to_scratch(scratch_ptr, grad_first, BLOCK_B, BLOCK_D, BLOCK_K)
         if NEEDS_X or NEEDS_WEIGHT1:
-            for first in range(start, end, BLOCK_G):
-                members = first + tl.arange(0, BLOCK_G)  # [G]
+            genes = end - start
+            for first in range(0, genes, BLOCK_G):
+                member = first + tl.arange(0, BLOCK_G)  # [G]
                 if NEEDS_WEIGHT1:
                     x = _gather(
-                        x_ptr, gene_ptr, members, end, cases, num_cases, stride_xb, UPCAST
+                        x_ptr, gene_ptr + start, member, genes, cases, num_cases, stride_xb, UPCAST
                     )  # [B, G]
                     of_weight = tl.dot(tl.trans(x), grad_first, input_precision=PRECISION)  # [G, D]
-                    at = grad_weight1_ptr + members.to(tl.int64)[:, None] * D + d[None, :]
-                    _add_to(at, of_weight, (members < end)[:, None] & (d < D)[None, :], is_first)
+                    rows_ptr = grad_weight1_ptr + start.to(tl.int64) * D
+                    mask = (member < genes)[:, None] & (d < D)[None, :]
+                    at = rows_ptr + (member[:, None] * D + d[None, :])
+                    _add_to(at, of_weight, mask, is_first)
                 if NEEDS_X:
-                    weight = _load_rows(
-                        weight1_ptr, members, end, d, D, D < BLOCK_D, UPCAST
-                    )  # [G, D]
-                    of_x = tl.dot(grad_first, tl.trans(weight), input_precision=PRECISION)  # [B, G]
-                    at = cases.to(tl.int64)[:, None] * num_members + members[None, :]
-                    mask = (cases < num_cases)[:, None] & (members < end)[None, :]
+                    rows_ptr = weight1_ptr + start.to(tl.int64) * D
+                    of_x = _dot_rows(
+                        grad_first, scratch_ptr, rows_ptr, member, genes, d, D, BLOCK_B, BLOCK_G,
+                        BLOCK_D, BLOCK_K, UPCAST,
+                    )  # [B, G]  # fmt: skip
+                    at = cases.to(tl.int64)[:, None] * num_members + (start + member)[None, :]
+                    mask = (cases < num_cases)[:, None] & (member < genes)[None, :]
                     tl.store(grad_members_ptr + at, of_x, mask=mask)
 
 
@@ -288,6 +337,7 @@ def _fit(chosen: dict[str, Any], width: int) -> dict[str, Any]:
     """Fit the blocks of a configuration to the width of the networks."""
     padded = max(16, triton.next_power_of_2(width))
     fitted = {**chosen, "BLOCK_D": padded, "BLOCK_O": min(chosen["BLOCK_O"], padded)}
+    fitted["BLOCK_K"] = min(chosen.get("BLOCK_K", padded), padded)
     if "SPLITS" in chosen:
         fitted["SPLITS"] = max(1, min(chosen["SPLITS"], padded // fitted["BLOCK_O"]))
     return fitted
@@ -389,13 +439,16 @@ def launch_pathway_mlp_bwd(
         )
         for name, shape, need in zip(names, shapes, needs, strict=True)
     }
+    through_memory = chosen["BLOCK_K"] < chosen["BLOCK_D"] and any(needs)
+    scratch = bias1.shape[0] * chosen["BLOCK_B"] * chosen["BLOCK_D"] if through_memory else 0
+    grads["scratch_ptr"] = empty((scratch,), dtype=dtype, device=device)
     flags = zip(("X", "WEIGHT1", "BIAS1", "WEIGHT2", "BIAS2"), needs, strict=True)
     given = _arguments(tensors, offsets, dropout_p, seed) | chosen | grads
     given |= {f"NEEDS_{name}": need for name, need in flags} | {"pulled_ptr": grad_out.contiguous()}
     for first in range(0, cases if any(needs) else 0, chosen["BLOCK_B"]):
         given |= {"first_case": first, "is_first": int(first == 0)}
         _launch(pathway_mlp_bwd_kernel, (bias1.shape[0],), given)
-    found = list(grads.values())
+    found = list(grads.values())[:5]
     if not cases:
         found = [g.zero_() for g in found]
     if needs[0]:

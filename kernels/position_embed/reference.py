@@ -10,7 +10,8 @@ from torch import Tensor
 MAX_PERIOD = 10000.0
 
 
-def _waves(cells: Tensor, quarter: int) -> tuple[Tensor, Tensor]:
+def axis_waves(cells: Tensor, quarter: int) -> tuple[Tensor, Tensor]:
+    """Return sin and cos, `[N, quarter]` float64 each, of the cells `[N]` of one axis."""
     frequency = MAX_PERIOD ** -(
         torch.arange(quarter, dtype=torch.float64, device=cells.device) / quarter
     )
@@ -24,7 +25,7 @@ def position_rows_reference(cells: Tensor, width: int) -> Tensor:
     Source: METHOD of the published Prov-GigaPath encoder; second coordinate first, as published.
     """
     quarter = width // 4
-    return torch.cat([*_waves(cells[:, 1], quarter), *_waves(cells[:, 0], quarter)], dim=1)
+    return torch.cat([*axis_waves(cells[:, 1], quarter), *axis_waves(cells[:, 0], quarter)], dim=1)
 
 
 def embed_positions_reference(
