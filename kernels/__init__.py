@@ -16,6 +16,7 @@ _LAZY = {
     "extract": "extraction",
     "frozen_ffn": "frozen_feedforward",
     "frozen_linear": "frozen_product",
+    "frozen_qkv": "frozen_product",
     "gated_pool": "gated_pooling",
     "inject": "injection",
     "inject_tasks": "injection",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from modaltune.kernels.extraction.api import extract as extract
     from modaltune.kernels.frozen_feedforward.api import frozen_ffn as frozen_ffn
     from modaltune.kernels.frozen_product.api import frozen_linear as frozen_linear
+    from modaltune.kernels.frozen_product.api import frozen_qkv as frozen_qkv
     from modaltune.kernels.frozen_product.api import packed_bytes as packed_bytes
     from modaltune.kernels.frozen_product.api import pin_products as pin_products
     from modaltune.kernels.frozen_product.api import product_choice as product_choice

@@ -31,6 +31,8 @@ DEFAULT_PACKED_MIB = 1024  # both layouts of the published slide encoder are 650
 MIN_ROWS = 64
 # A reorder reads and writes the weight once: 1.6 ms for 9 MB, as much as 3 % of 2,048 rows save.
 MIN_ROWS_TO_PACK = 2048
+EVERY_ROW = slice(None)
+_Key = tuple[bool, int | None, int | None]  # transposed or not, rows
 _SAMPLE = 64  # values of a weight that are compared before its copy is used
 
 
@@ -76,28 +78,30 @@ class PackedWeights:
         self._kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._lock = threading.Lock()
 
-    def get(self, weight: Tensor, *, back: bool) -> Tensor | None:
-        """Return the copy of `weight` `[M, K]` (of its transpose for `back`), or None.
+    def get(self, weight: Tensor, *, back: bool, part: slice = EVERY_ROW) -> Tensor | None:
+        """Return the copy of rows `part` of `weight` `[M, K]` (transposed for `back`), or None.
 
         None where it can't be known whether the weight changes, or no memory is left.
         """
         if weight.is_inference() or not weight.is_contiguous():
             return None  # inference tensors have no version
         with self._lock:
-            of_weight: dict[bool, _Packed] = self._kept.setdefault(weight, {})
-            found = of_weight.get(back)
+            of_weight: dict[_Key, _Packed] = self._kept.setdefault(weight, {})
+            key = (back, part.start, part.stop)
+            found = of_weight.get(key)
             if found is not None and found.is_of(weight):
                 return found.copy
-            of_weight.pop(back, None)
-            if self._bytes() + weight.numel() * weight.element_size() > _most_bytes():
+            of_weight.pop(key, None)
+            rows = weight.detach()[part]
+            if self._bytes() + rows.numel() * rows.element_size() > _most_bytes():
                 return None
             made = _Packed(
                 weight._version,
                 weight.data_ptr(),
                 _sample(weight.detach()).clone(),
-                reorder(weight, back=back),
+                reorder(rows, back=back),
             )
-            of_weight[back] = made
+            of_weight[key] = made
             return made.copy
 
     def _bytes(self) -> int:
@@ -133,44 +137,54 @@ def reorder(weight: Tensor, *, back: bool = False) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.t() if back else weight)
 
 
+@dataclass(frozen=True)
+class _How:
+    """What a product is besides its operands; see `product` and `product_back`."""
+
+    gelu: bool
+    keep: bool
+    back: bool
+    part: slice
+
+
 def _onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool, keep: bool, back: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, how: _How
 ) -> Tensor:
-    packed = PACKED.get(weight, back=back) if keep else None
+    packed = PACKED.get(weight, back=how.back, part=how.part) if how.keep else None
+    rows = weight[how.part]
     if packed is None and x.shape[0] >= MIN_ROWS_TO_PACK:
-        packed = reorder(weight, back=back)
+        packed = reorder(rows, back=how.back)
     if packed is None:
-        packed = weight.detach().t() if back else weight.detach()
-    activation, how = ("gelu", "none") if gelu else ("none", "")
-    bias = None if bias is None else bias.detach()
-    return torch.ops.mkldnn._linear_pointwise(x.detach(), packed, bias, activation, [], how)
+        packed = rows.t() if how.back else rows
+    run = torch.ops.mkldnn._linear_pointwise
+    if add is not None:
+        return run.binary(x, add, packed, bias, "add")
+    return run(x, packed, bias, *(("gelu", [], "none") if how.gelu else ("none", [], "")))
 
 
-def _numpy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool, keep: bool, back: bool
-) -> Tensor:
+def _numpy(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, how: _How) -> Tensor:
     import numpy as np
 
-    del keep
-    matrix = weight.detach().numpy() if back else weight.detach().numpy().T
+    rows = weight[how.part].numpy()
+    matrix = rows if how.back else rows.T
     out = torch.empty(x.shape[0], matrix.shape[1], dtype=x.dtype)
-    np.matmul(x.detach().numpy(), matrix, out=out.numpy())
-    if bias is not None:
-        out.add_(bias.detach())
-    return F.gelu(out) if gelu else out
+    np.matmul(x.numpy(), matrix, out=out.numpy())
+    for term in (bias, add):
+        if term is not None:
+            out.add_(term)
+    return F.gelu(out) if how.gelu else out
 
 
-def _torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool, keep: bool, back: bool
-) -> Tensor:
-    del keep
-    with torch.no_grad():
-        out = x @ weight if back else F.linear(x, weight, bias)
-        if not gelu:
-            return out
-        # Published under mixed precision: GELU in float32, cast back.
-        half = out.dtype in (torch.float16, torch.bfloat16)
-        return F.gelu(out.float()).to(out.dtype) if half else F.gelu(out)
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, how: _How) -> Tensor:
+    rows = weight[how.part]
+    out = x @ rows if how.back else F.linear(x, rows, bias)
+    if add is not None:
+        out = out.add_(add)
+    if not how.gelu:
+        return out
+    # Published under mixed precision: GELU in float32, cast back.
+    half = out.dtype in (torch.float16, torch.bfloat16)
+    return F.gelu(out.float()).to(out.dtype) if half else F.gelu(out)
 
 
 RUNNERS = {"onednn": _onednn, "numpy": _numpy, "torch": _torch}
@@ -181,13 +195,18 @@ def run_with(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    add: Tensor | None = None,
     *,
     gelu: bool = False,
     keep: bool = False,
     back: bool = False,
+    part: slice = EVERY_ROW,
 ) -> Tensor:
-    """Run one product with a library by name; see `product`."""
-    return RUNNERS[library](x, weight, bias, gelu=gelu, keep=keep, back=back)
+    """Run one product with a library by name; see `product` and `product_back`."""
+    x, weight = x.detach(), weight if keep else weight.detach()
+    bias = None if bias is None else bias.detach()
+    with torch.no_grad():
+        return RUNNERS[library](x, weight, bias, add, _How(gelu, keep, back, part))
 
 
 def _library_for(x: Tensor, *others: Tensor | None) -> str:
@@ -210,23 +229,43 @@ def product(
     *,
     gelu: bool = False,
     keep: bool = False,
+    part: slice = EVERY_ROW,
 ) -> Tensor:
     """Return `x weight^T + bias`, without gradient; for bodies of operators on the CPU.
 
     Args:
         x: `[N, K]`.
         weight: `[M, K]`.
-        bias: `[M]` or None.
+        bias: `[M]` or None; for a part of the weight its own.
         gelu: Apply GELU (the exact form) to the result.
         keep: The weight is frozen: keep its reordered copy as long as it lives. Leave it off for
             weights that are trained or made for one call.
+        part: Rows of the weight to multiply by. Give the whole weight and a part, not a view of
+            it: the kept copy lives as long as the tensor object it was made for.
 
     Returns:
         A new `[N, M]` in the dtype of `x`.
     """
-    return run_with(_library_for(x, weight, bias), x, weight, bias, gelu=gelu, keep=keep)
+    library = _library_for(x, weight, bias)
+    return run_with(library, x, weight, bias, gelu=gelu, keep=keep, part=part)
 
 
-def product_back(grad: Tensor, weight: Tensor, *, keep: bool = False) -> Tensor:
-    """Return `grad weight`, `[N, M]` times `[M, K]`: the gradient of `x` in `product`."""
-    return run_with(_library_for(grad, weight), grad, weight, keep=keep, back=True)
+def product_back(
+    grad: Tensor,
+    weight: Tensor,
+    add: Tensor | None = None,
+    *,
+    keep: bool = False,
+    part: slice = EVERY_ROW,
+) -> Tensor:
+    """Return `grad weight`, `[N, M]` times `[M, K]`: the gradient of `x` in `product`.
+
+    Args:
+        grad: `[N, M]`.
+        weight: `[M, K]`.
+        add: `[N, K]` to add to the result, or None.
+        keep: As in `product`.
+        part: As in `product`.
+    """
+    library = _library_for(grad, weight, add)
+    return run_with(library, grad, weight, None, add, keep=keep, back=True, part=part)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modaltune.kernels import frozen_linear, packed_bytes, pin_products, product_libraries
+from modaltune.kernels import (
+    frozen_linear,
+    frozen_qkv,
+    packed_bytes,
+    pin_products,
+    product_libraries,
+)
 from modaltune.testing import allowed_error, normal, poisoned_memory
 
 ACTIVATIONS = (None, "gelu")
@@ -98,6 +104,59 @@ def test_nothing_is_saved_without_an_activation_and_the_input_with_one() -> None
     x = torch.randn(70, 33, requires_grad=True)
     assert saved_bytes(x, None) == 0
     assert saved_bytes(x, "gelu") == 70 * 33 * 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 70, 2100])
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+def test_qkv_equals_three_products(library: str, rows: int, used: tuple[int, ...]) -> None:
+    weight, bias = layer()
+    x = normal(0, rows, 33, dtype=torch.float32)
+    found = []
+    for x_, w, b in ((x, weight, bias), (x.double(), weight.double(), bias.double())):
+        leaf = x_.detach().requires_grad_()
+        exact = leaf.dtype == torch.float64
+        out = frozen_qkv(leaf, w, b, impl="reference" if exact else "cpu")
+        pulled = [normal(i, rows, 6, dtype=torch.float32).to(leaf.dtype) for i in used]
+        (grad,) = torch.autograd.grad([out[i] for i in used], leaf, pulled)
+        found.append([t.detach() for t in (*out, grad)])
+    for got, want in zip(*found, strict=True):
+        if rows:
+            limit = allowed_error(want, want.float(), torch.float32, 3)
+            assert float((got.double() - want).abs().max()) <= limit
+    q, k, v = found[0][:3]
+    assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == (3 if rows else 1)
+
+
+def test_qkv_saves_nothing_and_traces() -> None:
+    weight, bias = layer()
+    x = torch.randn(70, 33, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        frozen_qkv(x, weight, bias)
+    assert [t is weight for t in kept] == [True]
+    torch.library.opcheck(torch.ops.modaltune.frozen_qkv_fwd.default, (x, weight, bias))
+    grads = (torch.randn(70, 6), None, torch.randn(70, 6), weight)
+    torch.library.opcheck(torch.ops.modaltune.frozen_qkv_bwd.default, grads)
+
+    def run(x: Tensor) -> Tensor:
+        q, _, v = frozen_qkv(x, weight, bias)
+        return (q * v).sum()
+
+    (want,) = torch.autograd.grad(run(x), x)
+    (got,) = torch.autograd.grad(torch.compile(run, fullgraph=True)(x), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_qkv_errors() -> None:
+    with pytest.raises(ValueError, match="weight must have a multiple of 3 rows, got 4"):
+        frozen_qkv(torch.ones(2, 5), torch.ones(4, 5))
+    with pytest.raises(ValueError, match="weight must not need a gradient"):
+        frozen_qkv(torch.ones(2, 5), torch.ones(6, 5, requires_grad=True))
 
 
 def test_inference_modes() -> None:

@@ -59,6 +59,13 @@ def frozen_linear(
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
     require(activation in (None, "gelu"), f"activation must be None or gelu, got {activation!r}")
+    _check_frozen(x, weight, bias, impl)
+    if choose_impl("frozen_linear", impl, x.device, ("cpu", "reference")) == "reference":
+        return frozen_linear_reference(x, weight, bias, activation)
+    return ops.frozen_linear_fwd(x, weight, bias, activation or "")
+
+
+def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> None:
     mixed = torch.is_autocast_enabled(x.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -73,9 +80,44 @@ def frozen_linear(
             f"{name} must not need a gradient; call {name}.requires_grad_(False), or take "
             "impl='reference' for a trained layer",
         )
-    if choose_impl("frozen_linear", impl, x.device, ("cpu", "reference")) == "reference":
-        return frozen_linear_reference(x, weight, bias, activation)
-    return ops.frozen_linear_fwd(x, weight, bias, activation or "")
+
+
+def frozen_qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project to queries, keys and values by one frozen weight; see `frozen_linear`.
+
+    Each result lies in memory of its own: smaller pieces, which the allocator finds again, and no
+    gradient padded to the width of all three. Nothing is saved for backward but the weight.
+
+    Args:
+        x: `[N, K]`.
+        weight: `[3 M, K]`: the weights of queries, keys and values under each other.
+        bias: `[3 M]` or None.
+        impl: `auto`, `cpu` or `reference`, which is plain torch.
+
+    Returns:
+        Queries, keys and values, `[N, M]` each, in the dtype of `x`.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: Shapes, dtypes, devices or impl break the rules above, or the weight or bias
+            wants a gradient.
+        RuntimeError: `impl` was asked for by name and can't run here.
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None))
+    check_shape("weight", weight, (None, x.shape[1]))
+    rows = weight.shape[0]
+    require(rows % 3 == 0, f"weight must have a multiple of 3 rows, got {rows}")
+    if bias is not None:
+        check_shape("bias", bias, (rows,))
+    _check_frozen(x, weight, bias, impl)
+    if choose_impl("frozen_qkv", impl, x.device, ("cpu", "reference")) == "reference":
+        q, k, v = frozen_linear_reference(x, weight, bias, None).chunk(3, dim=1)
+        return q, k, v
+    q, k, v = ops.frozen_qkv_fwd(x, weight, bias)
+    return q, k, v
 
 
 def packed_bytes() -> int:

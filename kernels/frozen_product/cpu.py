@@ -28,3 +28,30 @@ def frozen_linear_cpu_bwd(
         exact = (t.float() if half else t for t in (grad, wide))
         grad = torch.ops.aten.gelu_backward(*exact).to(wide.dtype)
     return product_back(grad, weight, keep=True).view(shape)
+
+
+def _thirds(weight: Tensor) -> list[slice]:
+    width = weight.shape[0] // 3
+    return [slice(i * width, (i + 1) * width) for i in range(3)]
+
+
+def frozen_qkv_cpu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three `[N, M]` of `[N, K]`, each in memory of its own."""
+    q, k, v = (
+        product(x, weight, None if bias is None else bias[part], keep=True, part=part)
+        for part in _thirds(weight)
+    )
+    return q, k, v
+
+
+def frozen_qkv_cpu_bwd(grads: list[Tensor | None], weight: Tensor) -> Tensor:
+    """Return the gradient `[N, K]` of x; at least one gradient is given."""
+    total: Tensor | None = None
+    for grad, part in zip(grads, _thirds(weight), strict=True):
+        if grad is not None:
+            total = product_back(grad.contiguous(), weight, total, keep=True, part=part)
+    if total is None:
+        raise ValueError("one of the gradients must be given, got none")
+    return total

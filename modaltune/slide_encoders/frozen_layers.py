@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modaltune.kernels import frozen_ffn, frozen_linear
+from modaltune.kernels import frozen_ffn, frozen_linear, frozen_qkv
 
 
 def _impl(impl: str, *modules: nn.Module | None) -> str:
@@ -34,6 +34,22 @@ def linear(
     """
     weight, bias = _of(layer)
     return frozen_linear(x, weight, bias, activation=activation, impl=_impl(impl, layer))
+
+
+def qkv_heads(
+    layer: nn.Module, x: Tensor, heads: int, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values `[N, heads, d]` of `[N, D]`.
+
+    Args:
+        layer: An `nn.Linear`, D to 3 heads d.
+        x: Normed tokens.
+        heads: Attention heads.
+        impl: As the model's kernels run.
+    """
+    weight, bias = _of(layer)
+    q, k, v = frozen_qkv(x, weight, bias, impl=_impl(impl, layer))
+    return q.unflatten(1, (heads, -1)), k.unflatten(1, (heads, -1)), v.unflatten(1, (heads, -1))
 
 
 def feed_forward(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modaltune.errors import InputError, WeightsError
 from modaltune.kernels import dilated_attention, embed_positions
 from modaltune.kernels.ranges import stage_range
-from modaltune.slide_encoders.frozen_layers import feed_forward, linear
+from modaltune.slide_encoders.frozen_layers import feed_forward, linear, qkv_heads
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.stochastic import drop_path
 
@@ -81,11 +81,11 @@ class LongNetLayer(nn.Module):
 
     def attend(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Return merged dilated attention `[M, D]` of normed rows, before the inner norm."""
-        qkv = linear(self.qkv, x, impl=self.impl).unflatten(-1, (3, self.config.heads, -1))
+        q, k, v = qkv_heads(self.qkv, x, self.config.heads, impl=self.impl)
         out = dilated_attention(
-            qkv[:, 0],
-            qkv[:, 1],
-            qkv[:, 2],
+            q,
+            k,
+            v,
             segment_lengths=self.config.segment_lengths,
             dilation_ratios=self.config.dilation_ratios,
             offsets=offsets,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from modaltune.errors import InputError
 from modaltune.kernels import alibi_attention
 from modaltune.kernels.ranges import stage_range
-from modaltune.slide_encoders.frozen_layers import feed_forward, linear
+from modaltune.slide_encoders.frozen_layers import feed_forward, linear, qkv_heads
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.slide_encoders.titan_weights import check_state, read_vision_encoder
 from modaltune.stochastic import drop_path
@@ -162,8 +162,7 @@ class _AlibiSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: SlideTokens, slopes: Tensor) -> Tensor:
         """Map `[M, D]` to `[M, D]`; layout and cells come from `tokens`."""
-        qkv = linear(self.qkv, x, impl=self.impl).view(x.shape[0], 3, self.heads, -1)
-        q, k, v = qkv.unbind(1)  # [M, H, d]
+        q, k, v = qkv_heads(self.qkv, x, self.heads, impl=self.impl)  # [M, H, d]
         if tokens.grid is None:
             raise ValueError("tokens must carry grid cells, got grid=None; make them with embed")
         out = alibi_attention(
