@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,10 +25,21 @@ RECOMPUTE = ("none", "layer", "interaction")
 # A step's work in passes of the trunk: one forward, about two backward; what is computed again.
 _BACKWARD_PASSES, _AGAIN = 2, {"none": 0, "layer": 1, "interaction": 2}
 
-_IMPORT = (
-    "from modaltune.train import train_step; from modaltune.testing import peak_memory_mib; "
-    "print(peak_memory_mib())"
-)
+# A process without the model: what importing brings, what the first product starts (threads and
+# their buffers), and what the first optimiser imports on its own.
+_PROCESS = """
+import torch
+from modaltune.testing import peak_memory_mib
+from modaltune.train import train_step
+layer, x = torch.nn.Linear(256, 256), torch.ones(256, 256)
+with torch.no_grad():
+    torch.nn.functional.gelu(layer(x))
+print(peak_memory_mib())
+optimizer = torch.optim.AdamW(layer.parameters())
+layer(x).sum().backward()
+optimizer.step()
+print(peak_memory_mib())
+"""
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,13 @@ class MemoryPlan:
     Args:
         model: The model; left in evaluation mode, without gradients.
         tiles: Tiles of the case to plan for.
-        process_mib: Memory of the process before it builds the model; measured unless given.
+        process_mib: Memory of a process without the model, in a forward pass and in training;
+            measured unless given.
     """
 
-    def __init__(self, model: ModalTune, tiles: int, process_mib: float | None = None) -> None:
+    def __init__(
+        self, model: ModalTune, tiles: int, process_mib: Mapping[Mode, float] | None = None
+    ) -> None:
         self.tiles, self.tasks = tiles, len(model.config.tasks)
         self.parts: Parts = count_parts(model, tiles)
         interactions = model.adapter.interactions()
@@ -100,8 +114,9 @@ class MemoryPlan:
         self.ranges = [block.last - block.first + 1 for block in interactions]
         self.extractors = [len(block.extractors()) for block in interactions]
         is_gpu = model.modal_positions.is_cuda
-        given = 0.0 if is_gpu else measured_process_mib() if process_mib is None else process_mib
-        self.process = given * 2**20
+        if process_mib is None:
+            process_mib = dict.fromkeys(MODES, 0.0) if is_gpu else measured_process_mib()
+        self.process = {mode: mib * 2**20 for mode, mib in process_mib.items()}
         state = [*model.parameters(), *model.buffers()]
         self.weights = sum(t.nbytes for t in state)
         tuned = [t.nbytes for t in model.trainable_parameters()]
@@ -111,7 +126,7 @@ class MemoryPlan:
 
     def peak_mib(self, setting: Setting) -> float:
         """Return the predicted peak of a fresh process (of the device, on a GPU) in MiB."""
-        fixed = self.process + self.weights + self.inputs
+        fixed = self.process[setting.mode] + self.weights + self.inputs
         if setting.mode == "forward":
             return (fixed + self._forward()) / 2**20
         fixed += 2 * self.tuned  # both moments of AdamW
@@ -177,19 +192,20 @@ def cheapest(rows: Sequence[Planned], mode: Mode, trunks: Sequence[str]) -> Plan
     return None
 
 
-def measured_process_mib() -> float:
-    """Return the peak memory of a fresh process that imports what training imports, in MiB.
+def measured_process_mib() -> dict[Mode, float]:
+    """Return the peak memory of a fresh process that runs no model, by mode, in MiB.
 
     Raises:
         InputError: The process failed.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _PROCESS], capture_output=True, text=True, check=False
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"a fresh Python must import modaltune, got: {last}; see modaltune doctor")
-    return float(done.stdout.strip().splitlines()[-1])
+    forward, train = (float(line) for line in done.stdout.split()[-2:])
+    return {"forward": forward, "train": train}
 
 
 def device_of(name: str) -> torch.device:

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from modaltune.batch import CaseBatch
 from modaltune.errors import InputError
+from modaltune.freed_memory import return_freed_memory
 from modaltune.kernels.ranges import stage_range
 from modaltune.model import ModalTune
 from modaltune.schedule import learning_rate
 from modaltune.targets import distillation_loss
+
+# Tiles of a batch from which on its freed activations are worth a call to the C library.
+TRIMMED_BYTES = 2**20
 
 
 class TrainConfig(BaseModel):
@@ -106,7 +110,9 @@ def accumulate_gradients(
         _check_finite(model, batch, loss)
         with stage_range("backward"):
             loss.backward()
-        return outputs.detach(), loss.detach()
+        outputs, loss = outputs.detach(), loss.detach()
+        _return_activations(batch)
+        return outputs, loss
     parts: list[Tensor] = []
     dtype = torch.float32
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
@@ -121,7 +127,13 @@ def accumulate_gradients(
         dtype = loss.dtype
         total += loss.detach()
         del outputs, loss  # their graph would outlive the next pass
+        _return_activations(batch)
     return torch.cat(parts, dim=1), total.to(dtype)
+
+
+def _return_activations(batch: CaseBatch) -> None:
+    if batch.tiles.device.type == "cpu" and batch.tiles.nbytes >= TRIMMED_BYTES:
+        return_freed_memory()
 
 
 def _check_finite(model: ModalTune, batch: CaseBatch, loss: Tensor) -> None:
