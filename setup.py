@@ -94,7 +94,7 @@ setup(
     packages=packages(),
     package_data={
         "modaltune": ["py.typed", "templates/*"],
-        "modaltune.kernels": ["configs/*.json"],
+        "modaltune.kernels": ["configs/*.json", "configs/resources/*.json"],
         "modaltune.benchmarks": ["results/*.csv", "cuda/*.cu", "cuda/*.cuh"],
     },
     install_requires=REQUIRED,

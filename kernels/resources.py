@@ -2,7 +2,8 @@
 
 `python -m modaltune.kernels.resources --check` compiles every kernel in every shipped configuration
 for sm_80, sm_90, sm_100 and sm_120, and fails on a spilled register, shared memory over the limit,
-a half-precision product without tensor-core instructions, or a figure worse than the stored table.
+a half-precision product without tensor-core instructions, or a figure worse than the stored table
+(`configs/resources/<op>.json`). Results are cached by source, configuration and Triton version.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from modaltune.kernels._tuning import COMPUTE_CAPABILITIES, CONFIGS
 
-STORED = CONFIGS / "resources.json"
+STORED = CONFIGS / "resources"
 ROOT = Path(__file__).parent
 
 # Per compute capability: shared memory of a block in KiB, of a multiprocessor in KiB, resident
@@ -125,8 +127,19 @@ def compile_spec(spec: CompileSpec) -> Resources:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
     )
     target = GPUTarget("cuda", spec.capability, 32)
-    compiled = triton.compile(source, target=target, options=dict(spec.options))
-    found = _read(spec, compiled.asm["ptx"], compiled.asm["cubin"], int(compiled.metadata.shared))
+    knobs = triton.knobs
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+    ):
+        # Triton's own cache would keep every intermediate form of what is kept here as one row.
+        knobs.cache.dir = folder
+        # Source lines change no instruction and cost a tenth of the time.
+        knobs.compilation.disable_line_info = True
+        compiled = triton.compile(source, target=target, options=dict(spec.options))
+        ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    found = _read(spec, ptx, cubin, int(compiled.metadata.shared))
     cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(found)))
@@ -137,12 +150,17 @@ def compile_spec(spec: CompileSpec) -> Resources:
 def _cache_path(spec: CompileSpec) -> Path:
     import triton
 
-    sources = b"".join(p.read_bytes() for p in sorted((ROOT / spec.op).glob("triton*.py")))
-    sources += Path(__file__).read_bytes()
     key = json.dumps([asdict(spec), triton.__version__], sort_keys=True, default=str).encode()
-    digest = hashlib.sha256(key + sources).hexdigest()
+    digest = hashlib.sha256(key + _sources(spec.op)).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return home / "modaltune" / "resources" / f"{digest}.json"
+
+
+@cache
+def _sources(op: str) -> bytes:
+    """Return all that decides what a spec of an op compiles to, and how it is read."""
+    kernels = b"".join(p.read_bytes() for p in sorted((ROOT / op).glob("triton*.py")))
+    return kernels + Path(__file__).read_bytes()
 
 
 def _tool(name: str) -> str:
@@ -222,8 +240,26 @@ def _problems(spec: CompileSpec, found: Resources) -> Iterator[str]:
         yield f"widest load {found.widest_load_bytes} bytes, not 16"
 
 
+def stored_table(ops: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return the stored rows by label, of every op or of some."""
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(STORED.glob("*.json")):
+        if not ops or path.stem in ops:
+            rows.update(json.loads(path.read_text(encoding="utf-8")))
+    return rows
+
+
+def store(found: Sequence[Resources]) -> None:
+    """Make these the stored rows of their ops, one file per op."""
+    STORED.mkdir(exist_ok=True)
+    for op in sorted({row.op for row in found}):
+        rows = {row.label: asdict(row) for row in found if row.op == op}
+        text = json.dumps(rows, indent=1, sort_keys=True) + "\n"
+        (STORED / f"{op}.json").write_text(text, encoding="utf-8")
+
+
 def regressions(found: Sequence[Resources], stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what got worse than the stored table, and kernels it does not know."""
+    """Return what got worse than the stored rows, and where the two know different kernels."""
     worse = []
     for row in found:
         old = stored.get(row.label)
@@ -235,14 +271,21 @@ def regressions(found: Sequence[Resources], stored: Mapping[str, Mapping[str, An
         if row.widest_load_bytes < old["widest_load_bytes"]:
             worse.append(f"{row.label}: widest load {row.widest_load_bytes} bytes, was "
                          f"{old['widest_load_bytes']}")  # fmt: skip
+    gone = set(stored) - {row.label for row in found}
+    worse += [
+        f"{label}: stored, but no longer compiled; run with --store" for label in sorted(gone)
+    ]
     return worse
 
 
 def measure(ops: Sequence[str] = (), workers: int | None = None) -> list[Resources]:
     """Compile everything, in parallel; results are cached by source and configuration."""
     specs = all_specs(ops)
+    # The slowest first, so that no worker is left alone with one at the end.
+    order = sorted(range(len(specs)), key=lambda i: specs[i].dtype != "fp32")
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(compile_spec, specs))
+        compiled = list(pool.map(compile_spec, [specs[i] for i in order]))
+    return [row for _, row in sorted(zip(order, compiled, strict=True), key=lambda pair: pair[0])]
 
 
 def _table(rows: Sequence[Resources]) -> str:
@@ -278,12 +321,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
     rows = measure(options.op)
-    stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
     if options.store:
-        stored.update({row.label: asdict(row) for row in rows})
-        STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+        store(rows)
     failures = [f"{row.label}: {problem}" for row in rows for problem in row.problems]
-    failures += regressions(rows, stored)
+    failures += regressions(rows, stored_table(options.op))
     if options.json:
         print(json.dumps({"kernels": [asdict(r) for r in rows], "failures": failures}, indent=1))
     else:
