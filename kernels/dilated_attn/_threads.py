@@ -7,7 +7,6 @@ meet once.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,10 @@ Task = Callable[[], None]
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return workers whose operations use one thread each. A forked process gets its own."""
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return workers whose operations use one thread each."""
     started = threading.Barrier(threads + 1)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=f"modaltune-{process}")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="modaltune-kernels")
 
     def start() -> None:
         torch.set_num_threads(1)
@@ -43,6 +42,6 @@ def run_tasks(tasks: Sequence[Task]) -> None:
         for task in tasks:
             task()
         return
-    running = [_pool(threads, os.getpid()).submit(task) for task in tasks]
+    running = [_pool(threads).submit(task) for task in tasks]
     for done in running:
         done.result()
