@@ -268,9 +268,9 @@ def _pull_back_alone(
     if grads.v is None:
         return
     q, k, _, pulled = (t.to(lse.dtype) for t in inputs)
-    score = (q * k).sum(-1, keepdim=True)
-    weight = torch.exp2(score * (scale * _LOG2E) - lse)
-    weight = torch.where(score == 0.0, torch.where(lse == -math.inf, bare_weight, 0.0), weight)
+    score = (q * k).sum(-1, keepdim=True) * (scale * _LOG2E)
+    weight_at_zero = (lse == -math.inf).to(lse.dtype) * bare_weight
+    weight = torch.where(score == 0.0, weight_at_zero, torch.exp2(score - lse))
     grads.v.add_(pulled * weight)
 
 
