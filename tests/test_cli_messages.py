@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+import modaltune
 from modaltune.cli import app
 from modaltune.engine.pyramid import write_pyramid
 
@@ -60,6 +63,12 @@ def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
     assert result.exit_code == 1
     assert f"{option} must lie in" in said(result)
     assert not (tmp_path / "out").exists()
+
+
+def test_python_dash_m_is_the_command_line() -> None:
+    words = [sys.executable, "-m", "modaltune", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"modaltune {modaltune.__version__}"
 
 
 def test_an_unknown_reader_is_a_usage_error(tmp_path: Path) -> None:
