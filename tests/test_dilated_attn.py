@@ -396,19 +396,3 @@ def _valid() -> dict[str, object]:
 def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         dilated_attention(**{**_valid(), **change})
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_inference_mode_holds_on_the_threads_of_the_cpu_path(threads: int) -> None:
-    inputs = {name: normal(seed, 40, 4, 8, dtype=torch.float32) for seed, name in enumerate("qkv")}
-    options = {"segment_lengths": (16, 64), "dilation_ratios": (1, 2)}
-    want = dilated_attention(**inputs, **options, impl="reference")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            got = dilated_attention(**inputs, **options, impl="cpu")
-    finally:
-        torch.set_num_threads(before)
-    assert got.is_inference()
-    torch.testing.assert_close(got, want)

@@ -46,7 +46,8 @@ def run_tasks(tasks: Sequence[Task]) -> None:
     inference = torch.is_inference_mode_enabled()  # a thread's own setting, too
 
     def run(task: Task) -> None:
-        with torch.inference_mode(inference):
+        # Leaving inference mode turns gradients on, whatever the thread was started with.
+        with torch.inference_mode(inference), torch.no_grad():
             task()
 
     running = [_pool(threads, os.getpid()).submit(run, task) for task in tasks]
