@@ -41,6 +41,7 @@ BaseMpp = Annotated[
     typer.Option("--base-mpp", help="Microns per level-0 pixel of slides that do not say it."),
 ]
 Impl = Literal["auto", "cpu", "reference", "triton"]
+Reader = Literal["cucim", "openslide", "image"]
 
 
 def _version(value: bool) -> None:
@@ -116,7 +117,7 @@ def slides_info(
     slides: Annotated[list[Path], typer.Argument(help="Slide files.", metavar="SLIDE...")],
     base_mpp: BaseMpp = None,
     reader: Annotated[
-        str | None, typer.Option(help="cucim, openslide or image; the first that fits if not set.")
+        Reader | None, typer.Option(help="That one only; else the first that fits.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -183,7 +184,9 @@ def embed(
     tissue: Annotated[
         Literal["lab", "lab-mean", "otsu", "hsv"], typer.Option(help="Rule of the tissue mask.")
     ] = "lab",
-    reader: Annotated[str | None, typer.Option(help="cucim, openslide or image only.")] = None,
+    reader: Annotated[
+        Reader | None, typer.Option(help="That one only; else the first that fits.")
+    ] = None,
     overlays: Annotated[bool, typer.Option(help="Write a picture of mask and tiles.")] = True,
     model: Annotated[
         Path | None, typer.Option(help="Run folder: also write ModalTune embeddings per case.")

@@ -20,6 +20,7 @@ from lifelines import KaplanMeierFitter
 from lifelines.statistics import logrank_test
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 
 Floats = npt.NDArray[np.float64]
@@ -257,27 +258,30 @@ def survival_curves(name: str, durations: Floats, events: Floats, halves: RiskHa
 
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
-def embedding_map(name: str, embedding: npt.NDArray[Any], classes: npt.NDArray[np.int64]) -> str:
-    """Draw the first two principal components of embeddings `[n, D]`, coloured by class.
+def prediction_map(
+    name: str, probability: Floats, risk: Floats, classes: npt.NDArray[np.int64]
+) -> str:
+    """Draw what a model says of each case: probability of class 1 and rank of its risk.
+
+    Args:
+        name: Prefix of all ids in the SVG.
+        probability: `[n]` of class 1; cases with NaN in it or in the risk are left out.
+        risk: `[n]` on any scale, higher is worse; drawn as a rank from 0 (lowest) to 1.
+        classes: `[n]` 0 or 1, the truth.
 
     Raises:
-        NotDrawableError: Fewer than three finite rows, one column, or no spread.
+        NotDrawableError: Fewer than three cases have both.
     """
-    values = np.asarray(embedding, np.float64)
-    known = np.isfinite(values).all(axis=1)
-    values = values[known]
-    if len(values) < 3 or values.shape[1] < 2:
-        raise NotDrawableError("fewer than three cases have an embedding of two columns")
-    left, spread, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
-    if spread[0] <= 1e-9 * max(1.0, float(np.abs(values).max())):
-        raise NotDrawableError("all embeddings are the same")
-    share = spread**2 / (spread**2).sum()
+    known = np.isfinite(probability) & np.isfinite(risk)
+    if known.sum() < 3:
+        raise NotDrawableError("fewer than three cases have a probability and a risk")
+    rank = (rankdata(risk[known]) - 1) / (known.sum() - 1)
     figure, axes = _figure((5.0, 4.75))
-    _class_points(axes, left[:, 0] * spread[0], left[:, 1] * spread[1], classes[known], None)
-    axes.set_xlabel(f"component 1 ({100 * share[0]:.0f} % of the variance)")
-    axes.set_ylabel(f"component 2 ({100 * share[1]:.0f} %)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    axes.margins(0.08)
+    axes.axvline(0.5, color=MUTED, linestyle="--", linewidth=1.1, zorder=1, label="decision")
+    _class_points(axes, probability[known], rank, classes[known], None)
+    axes.set(xlabel="probability of class 1", ylabel="risk, rank (1 is the highest)")
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return _svg(figure, name)
 
 
@@ -373,10 +377,10 @@ __all__: Sequence[str] = [
     "NotDrawableError",
     "PlantedPoints",
     "RiskHalves",
-    "embedding_map",
     "metric_bars",
     "p_text",
     "planted_scatter",
+    "prediction_map",
     "roc_curves",
     "split_by_risk",
     "survival_curves",

@@ -142,7 +142,8 @@ def options_from_state(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, A
     if missing:
         raise CheckpointError(
             "checkpoint must be a published ModalTune state_dict with a LongNet slide encoder, got "
-            f"none of {', '.join(missing)}; for a bare slide encoder see --slide-encoder-weights"
+            f"none of {', '.join(missing)}; for a bare slide encoder use "
+            "LongNet.load_published"
         )
 
     def count(prefix: str) -> int:

@@ -231,19 +231,15 @@ def _planted(data: ReportData) -> str:
         f"of a falling line and overlap along each axis alone; {errors} wrong predictions ringed.",
         "Every case by what was planted in it; edges: the classes along either axis alone.",
     )
-    # What lacks a modality lies far off, and would be all that the picture shows.
-    complete = np.all(list(data.modalities.values()), axis=0)[: len(data.embedding)]
-    complete = complete if complete.sum() >= 3 else np.ones(len(data.embedding), bool)
-    pca = drawn(
-        "What the model learned",
-        lambda: plots.embedding_map(
-            "embedding", data.embedding[complete], data.classes[: len(complete)][complete]
-        ),
-        "First two principal components of the patient embeddings, coloured by class.",
-        f"General prompt of the final model, {int(complete.sum())} cases with every modality, two "
-        "principal components. It was tuned on these very cases: a picture, not an evaluation.",
+    both = data.together[1]
+    said = drawn(
+        "What the model says",
+        lambda: plots.prediction_map("said", both.probability, both.risk, data.classes),
+        "Scatter of out-of-fold probability of class 1 and rank of risk, coloured by true class.",
+        f"Each case as models of {data.together[0]} that did not see it judge it; right of the "
+        "dashed line they say class 1.",
     )
-    body = f'<div class="grid">{picture}{pca}</div>'
+    body = f'<div class="grid">{picture}{said}</div>'
     return section("planted", "What was planted, and why neither input suffices", prose, body)
 
 

@@ -276,16 +276,6 @@ def test_genes_with_gaps_and_unknown_genes(tmp_path: Path, trained: Path) -> Non
     assert "EGFR" in message
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("modaltune.embedding.embed_request", interrupted)
-    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
-    assert result.exit_code == 130
-    assert "run the same command to go on" in said(result)
-
-
 def test_tables_of_other_cases(tmp_path: Path, trained: Path) -> None:
     other = table([[1.0, 2.0, 3.0]], GENES).set_axis(["TCGA-1"])
     message = refused(tmp_path / "other", trained, other)
@@ -312,29 +302,6 @@ def test_a_case_without_its_failed_slide_says_so(tmp_path: Path, trained: Path) 
     assert "1 of 2 cases have no row in --genes: P2" in said(result)
     assert "1 cases embedded from slide + genes" in said(result)
     assert "1 cases embedded from slide the slide encoder of this model is random" in said(result)
-
-
-def test_names_that_look_like_markup(tmp_path: Path) -> None:
-    (tmp_path / "we[").mkdir()
-    slide = pink(tmp_path / "we[" / "ird].tiff", mpp=None)
-    for words in (["slides", "info", slide], ["embed", slide, "--out", tmp_path / "out"]):
-        result = run(*words)
-        assert "ird].tiff" in said(result).replace(" ", "")
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-    bold = pink(tmp_path / "a[red]b.tiff")
-    result = run("embed", bold, "--out", tmp_path / "out")
-    assert result.exit_code == 0
-    assert "a[red]b" in said(result).replace(" ", "")
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("--mpp", "0"), ("--mpp", "1e6"), ("--mpp", "nan"), ("--tile-px", "0")]
-)
-def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
-    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out", option, value)
-    assert result.exit_code == 1
-    assert f"{option} must lie in" in said(result)
-    assert not (tmp_path / "out").exists()
 
 
 def test_broken_runs(tmp_path: Path, trained: Path) -> None:

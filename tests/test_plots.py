@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from lifelines.statistics import logrank_test
+from matplotlib.axes import Axes
 
 from modaltune import plots
 
@@ -164,22 +165,28 @@ def test_p_values_in_words(p_value: float, said: str) -> None:
     assert plots.p_text(p_value) == said
 
 
-def test_embedding_map_names_the_share_of_variance() -> None:
-    left, right = np.linspace(-1, 1, 20), np.tile([1.0, -1.0, -1.0, 1.0], 5)
-    left -= left.mean()
-    embedding = np.column_stack([3 * left / left.std(), right / right.std(), np.full(20, 7.0)])
-    # Uncorrelated columns of variance 9 and 1: nine tenths and one tenth.
-    assert abs(np.corrcoef(left, right)[0, 1]) < 1e-9
-    embedding = np.vstack([embedding, np.full((1, 3), np.nan)])
-    shown = texts(plots.embedding_map("e", embedding, np.append(CLASSES, 0)))
-    assert "component 1 (90 % of the variance)" in shown
-    assert "component 2 (10 %)" in shown
+def test_prediction_map_places_cases_by_probability_and_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: set[tuple[float, float]] = set()
+    real = Axes.scatter
+
+    def spy(axes: Axes, x: np.ndarray, y: np.ndarray, **style: object) -> object:
+        drawn.update(zip(np.asarray(x).tolist(), np.asarray(y).tolist(), strict=True))
+        return real(axes, x, y, **style)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Axes, "scatter", spy)
+    probability = np.array([0.9, 0.2, np.nan, 0.6, 0.4])
+    risk = np.array([7.0, -1.0, 3.0, 100.0, np.nan])
+    svg = plots.prediction_map("p", probability, risk, np.array([1, 0, 1, 1, 0]))
+    assert {"probability of class 1", "class 0", "class 1", "decision"} <= set(texts(svg))
+    assert drawn == {(0.9, 0.5), (0.2, 0.0), (0.6, 1.0)}
 
 
-@pytest.mark.parametrize("embedding", [np.ones((9, 4)), np.ones((2, 4)), np.ones((9, 1))])
-def test_embedding_map_needs_spread(embedding: np.ndarray) -> None:
-    with pytest.raises(plots.NotDrawableError):
-        plots.embedding_map("e", embedding, np.zeros(len(embedding), np.int64))
+def test_prediction_map_needs_three_cases() -> None:
+    risk = np.array([1.0, 2.0, np.nan])
+    with pytest.raises(plots.NotDrawableError, match="fewer than three"):
+        plots.prediction_map("p", np.full(3, 0.5), risk, np.zeros(3, np.int64))
 
 
 def test_palette_tells_series_apart_in_grey() -> None:

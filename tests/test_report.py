@@ -257,12 +257,14 @@ def test_some_unknown_risks(data: ReportData, tmp_path: Path) -> None:
     assert f"{CASES - 4} cases halved" in written(without(data, variants=some), tmp_path)[1].text
 
 
-def test_no_slides_no_truth_no_embedding(data: ReportData, tmp_path: Path) -> None:
+def test_no_slides_no_truth_no_risk(data: ReportData, tmp_path: Path) -> None:
+    both = data.variants["image + genes"]
+    unknown = dataclasses.replace(both, risk=np.full(CASES, np.nan))
     bare = without(
         data,
         truth={},
         overlays_folder=None,
-        embedding=np.zeros((CASES, 4)),
+        variants={**data.variants, "image + genes": unknown},
         modalities={**data.modalities, "slide": [False] * CASES},
         embed_report={},
         stages_s={},
@@ -271,7 +273,7 @@ def test_no_slides_no_truth_no_embedding(data: ReportData, tmp_path: Path) -> No
     for said in (
         "What was planted: not drawn, no case has known planted values",
         "no slide and no overlay was found",
-        "What the model learned: not drawn, all embeddings are the same",
+        "What the model says: not drawn, fewer than three cases have a probability and a risk",
     ):
         assert said in text, said
     assert re.search(rf"without slide\s+{CASES}\b", text)

@@ -1,0 +1,79 @@
+"""What the command line says where something is odd: names, options, interrupts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import modaltune
+from modaltune.cli import app
+from modaltune.engine.pyramid import write_pyramid
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def said(result: Result) -> str:
+    """Everything printed, on one line."""
+    return re.sub(r"\s+", " ", result.output)
+
+
+def pink(path: Path, mpp: float | None = 0.5) -> Path:
+    rgb = np.random.default_rng(1).integers(100, 190, (512, 512, 3), dtype=np.uint8)
+    rgb[..., 1] //= 2
+    return write_pyramid(path, rgb, mpp=mpp)
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modaltune.embedding.embed_request", interrupted)
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "run the same command to go on" in said(result)
+
+
+def test_names_that_look_like_markup(tmp_path: Path) -> None:
+    (tmp_path / "we[").mkdir()
+    slide = pink(tmp_path / "we[" / "ird].tiff", mpp=None)
+    for words in (["slides", "info", slide], ["embed", slide, "--out", tmp_path / "out"]):
+        result = run(*words)
+        assert "ird].tiff" in said(result).replace(" ", "")
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    bold = pink(tmp_path / "a[red]b.tiff")
+    result = run("embed", bold, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "a[red]b" in said(result).replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--mpp", "0"), ("--mpp", "1e6"), ("--mpp", "nan"), ("--tile-px", "0")]
+)
+def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out", option, value)
+    assert result.exit_code == 1
+    assert f"{option} must lie in" in said(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_dash_m_is_the_command_line() -> None:
+    words = [sys.executable, "-m", "modaltune", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"modaltune {modaltune.__version__}"
+
+
+def test_an_unknown_reader_is_a_usage_error(tmp_path: Path) -> None:
+    for words in (["slides", "info"], ["embed", "--out", tmp_path / "out"]):
+        result = run(*words, pink(tmp_path / "a.tiff"), "--reader", "foo")
+        assert result.exit_code == 2
+        assert "'openslide'" in said(result)
+    assert not (tmp_path / "out").exists()
