@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.dilated_attn import ops
 from modaltune.kernels.dilated_attn.ops import misalignment as misalignment
 from modaltune.kernels.dilated_attn.reference import dilated_attention_reference
@@ -25,7 +25,7 @@ def _choose(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     beyond = ops.beyond_triton(dtype, q.shape[2])
     if impl == "triton" and beyond:
-        raise RuntimeError(f"{op}: impl='triton' can't run: {beyond}; use impl='auto'")
+        raise OutOfReachError(f"{op}: impl='triton' can't run: {beyond}; use impl='auto'")
     kernels = ("cpu",) if beyond else ("triton", "cpu")
     chosen = choose_impl(op, impl, q.device, (*kernels, "reference"))
     if chosen == "reference" or torch.compiler.is_compiling():
@@ -34,7 +34,7 @@ def _choose(
     if reason is None:
         return chosen
     if impl != "auto":
-        raise RuntimeError(f"{op}: impl={impl!r} can't run: {reason}; use impl='auto'")
+        raise OutOfReachError(f"{op}: impl={impl!r} can't run: {reason}; use impl='auto'")
     _say_misaligned(reason)
     return "reference"
 

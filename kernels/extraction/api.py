@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.extraction import ops
 from modaltune.kernels.extraction.reference import extract_reference
 
@@ -18,7 +18,7 @@ def _choose(impl: str, queries: Tensor, x: Tensor, num_heads: int) -> str:
     dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
     beyond = ops.beyond_triton(dtype, queries.shape[1], queries.shape[2] // num_heads)
     if impl == "triton" and beyond:
-        raise RuntimeError(f"extract: impl='triton' {beyond}; use impl='auto'")
+        raise OutOfReachError(f"extract: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
     return choose_impl("extract", impl, x.device, available)
 

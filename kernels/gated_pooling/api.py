@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.gated_pooling import ops
 from modaltune.kernels.gated_pooling.reference import gated_pool_reference
 
@@ -88,7 +88,7 @@ def gated_pool(
     dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
     beyond = ops.beyond_triton(dtype, heads)
     if impl == "triton" and beyond:
-        raise RuntimeError(f"gated_pool: impl='triton' {beyond}; use impl='auto'")
+        raise OutOfReachError(f"gated_pool: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
     chosen = choose_impl("gated_pool", impl, x.device, available)
     weights = (value_weight, value_bias, gate_weight, gate_bias, score_weight, score_bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.grouped_mlp import ops
 from modaltune.kernels.grouped_mlp.reference import pathway_mlp_reference
 
@@ -116,7 +116,7 @@ def pathway_mlp(
     dtype = torch.get_autocast_dtype(device) if mixed else expression.dtype
     beyond = ops.why_not_triton(dtype, bias1.shape[1])
     if impl == "triton" and beyond:
-        raise RuntimeError(f"pathway_mlp: impl='triton' {beyond}; use impl='auto'")
+        raise OutOfReachError(f"pathway_mlp: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
     chosen = choose_impl("pathway_mlp", impl, expression.device, available)
     if chosen == "reference":

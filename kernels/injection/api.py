@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.injection import ops
 from modaltune.kernels.injection.reference import inject_reference
 
@@ -76,7 +76,7 @@ def _choose(op: str, impl: str, x: Tensor, keys: Tensor, num_heads: int) -> str:
     dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
     beyond = ops.beyond_triton(dtype, keys.shape[2], num_heads, keys.shape[1])
     if impl == "triton" and beyond:
-        raise RuntimeError(f"{op}: impl='triton' {beyond}; use impl='auto'")
+        raise OutOfReachError(f"{op}: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
     return choose_impl(op, impl, x.device, available)
 

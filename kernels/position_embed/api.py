@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
-from modaltune.kernels._dispatch import choose_impl
+from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.position_embed import ops
 from modaltune.kernels.position_embed.reference import embed_positions_reference
 
@@ -66,7 +66,7 @@ def embed_positions(
     bounds = check_offsets(offsets, x.shape[0])
     beyond = ops.why_not_triton(x.dtype)
     if impl == "triton" and beyond:
-        raise RuntimeError(f"embed_positions: impl='triton' {beyond}; use impl='auto'")
+        raise OutOfReachError(f"embed_positions: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
     chosen = choose_impl("embed_positions", impl, x.device, available)
     if chosen == "reference":
