@@ -22,7 +22,9 @@ def _choose(
 ) -> str:
     """Return the implementation to run, with the reason where the one asked for can't be it."""
     op, device = "dilated_attention", q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    # Asking about other devices, such as meta, raises.
+    is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_cast else q.dtype
     beyond = ops.beyond_triton(dtype, q.shape[2])
     if impl == "triton" and beyond:
         raise OutOfReachError(f"{op}: impl='triton' can't run: {beyond}; use impl='auto'")
