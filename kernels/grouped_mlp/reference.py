@@ -45,15 +45,17 @@ def pathway_mlp_reference(
     """
     cases, (pathways, width) = expression.shape[0], bias1.shape
     drop = AlphaDropout.of(dropout_p)
-    dropped = dropped_units(seed, dropout_p, cases, pathways, width, expression.device)
+    dropped: tuple[Tensor, ...] = ()
+    if dropout_p > 0:
+        dropped = dropped_units(seed, dropout_p, cases, pathways, width, expression.device)
     outs = []
     for p, (start, end) in enumerate(pairwise(offsets.tolist())):
         hidden = expression[:, gene_index[start:end]]
         layers = ((weight1[start:end].t(), bias1[p]), (weight2[p], bias2[p]))
-        for (weight, bias), gone in zip(layers, dropped, strict=True):
+        for layer, (weight, bias) in enumerate(layers):
             hidden = F.elu(F.linear(hidden, weight, bias))
-            if dropout_p > 0:
+            if dropped:
                 kept = hidden * drop.scale + drop.shift
-                hidden = torch.where(gone[:, p], drop.dropped, kept)
+                hidden = torch.where(dropped[layer][:, p], drop.dropped, kept)
         outs.append(hidden)
     return torch.stack(outs, dim=1)
