@@ -89,7 +89,7 @@ class PackedWeights:
             if found is not None and found.is_of(weight):
                 return found.copy
             of_weight.pop(back, None)
-            if self._bytes() + weight.numel() * weight.element_size() > _most_bytes():
+            if self._bytes() + weight.numel() * weight.element_size() > most_packed_bytes():
                 return None
             made = _Packed(
                 weight._version,
@@ -118,7 +118,12 @@ class PackedWeights:
 PACKED = PackedWeights()
 
 
-def _most_bytes() -> int:
+def most_packed_bytes() -> int:
+    """Return the most bytes of reordered copies that are kept, from the environment or by default.
+
+    Raises:
+        ValueError: The variable is no whole number of MiB.
+    """
     text = os.environ.get(MEMORY_VARIABLE, str(DEFAULT_PACKED_MIB))
     if not text.isdecimal():
         raise ValueError(
