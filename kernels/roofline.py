@@ -92,7 +92,7 @@ LAUNCHES: dict[str, tuple[int, int]] = {
     "dilated_attn": (1, 2),
     "extraction": (3, 5),
     "gated_pooling": (2, 3),
-    "grouped_mlp": (2, 4),
+    "grouped_mlp": (1, 1),
     "injection": (2, 7),
     "position_embed": (1, 0),
     "tile_norm": (1, 0),
