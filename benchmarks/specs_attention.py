@@ -55,7 +55,7 @@ def make_dilated(
     segments: tuple[int, ...] = SEGMENTS,
     ratios: tuple[int, ...] = RATIOS,
 ) -> Call:
-    """Return one slide of `tiles` tiles and a cls token, published branches; ratios divide heads."""
+    """Return one slide of `tiles` tiles and a cls token; every ratio divides the heads."""
     rows = tiles + 1
     chosen = {"segment_lengths": segments, "dilation_ratios": ratios}
     sizes = {"lengths": [rows], "heads": heads, "head_dim": head_dim, **chosen}
