@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
 
 if TYPE_CHECKING:
     from modaltune.benchmarks.kernel_runs import Case, Plan
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(
     help="Time the kernels and the model, or model what they cost.", no_args_is_help=True
 )
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @bench_app.callback()
@@ -26,20 +24,8 @@ def _bench() -> None:
     """Keep `bench` a group however few commands it has."""
 
 
-def _reported(command: Command) -> Command:
-    """Print errors a user can act on as the rest of the command line does."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from modaltune.cli import reports_errors  # it imports this module
-
-        return reports_errors(command)(*args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
 @bench_app.command()
-@_reported
+@reports_errors
 def kernels(
     model: Annotated[
         bool, typer.Option("--model", help="Model the cost on four GPUs instead of timing.")
@@ -70,7 +56,7 @@ def kernels(
         typer.Option(help="Folder of kernels.csv. [default: benchmarks/results if it exists]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for plots.")] = Path("modaltune-bench"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Time each op against its eager reference, torch.compile of it, and libraries.
 
@@ -84,10 +70,6 @@ def kernels(
         _chosen_specs(op), mode, tiles, _plan(device, dtype, seconds, compile_seconds),
         results, out, as_json,
     )  # fmt: skip
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _model(tiles: list[int] | None, out: Path, as_json: bool) -> None:
@@ -108,7 +90,7 @@ def _model(tiles: list[int] | None, out: Path, as_json: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     picture = plot_rooflines(rows, sizes[-1], out / "kernels_roofline.png")
     if as_json:
-        _print_json({**modelled_json(rows, sums), "plots": [str(picture)]})
+        print_json({**modelled_json(rows, sums), "plots": [str(picture)]})
         return
     console = wide(Console())
     print_modelled(console, rows, sums)
@@ -177,11 +159,11 @@ def _measure(
     picture = plot_results(rows, out / "kernels_measured.png")
     if as_json:
         found = {"device": device_name(plan.device), "roof": said, "rows": rows}
-        _print_json({**found, "not_timed": not_timed(cases), "plots": [str(picture)]})
+        print_json({**found, "not_timed": not_timed(cases), "plots": [str(picture)]})
     else:
         console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
     if any(one["wrong"] and one["impl"] == "ours" for one in not_timed(cases)):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) -> Iterator[Case]:

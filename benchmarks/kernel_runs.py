@@ -276,11 +276,15 @@ def _add_graph(contenders: list[Contender], call: Call, mode: str, plan: Plan) -
     try:
         with torch.no_grad():
             replay = graph_of(lambda: ours(call.tensors, call.options))
+            is_same = torch.equal(replay(), ours(call.tensors, call.options))
     except RuntimeError as error:
         reason = f"not captured: {_first_line(error)}"
         contenders.append(Contender(GRAPHED, None, reason))
         return
-    contenders.append(Contender(GRAPHED, lambda tensors, options: replay()))
+    if is_same:
+        contenders.append(Contender(GRAPHED, lambda tensors, options: replay()))
+    else:
+        contenders.append(Contender(GRAPHED, None, "other bits than without the graph", True))
 
 
 def device_name(device: torch.device) -> str:

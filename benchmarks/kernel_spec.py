@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class OpSpec:
         reference_bytes: Peak memory of the reference in bytes, from tiles and bytes per element.
         rivals: By name, besides the reference and its compiled form.
         most_tiles: Larger sizes are cut to this.
+        small: Sizes by keyword of `make`, for a look at the machinery instead of the speed.
     """
 
     op: str
@@ -90,11 +92,16 @@ class OpSpec:
     variant: str = ""
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     most_tiles: int = 10**9
+    small: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Folder, and the variant where there is one."""
         return f"{self.op} {self.variant}".strip()
+
+    def at_small_size(self) -> OpSpec:
+        """Return the spec with its small widths in place of the published ones."""
+        return replace(self, make=partial(self.make, **self.small))
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from modaltune.kernels.roofline import DEVICES
 Prepare = Callable[[], Callable[[], Any]]
 MIB = 2**20
 _MIN_RUNS, _MAX_RUNS = 5, 100
+# Boards that share a chip's name, but not its peaks.
+_OTHER_BOARDS = ("PCIe", "NVL", "40GB", "RTX 4090 D", "Laptop")
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def roof_of(device: torch.device, dtype: torch.dtype) -> Roof | None:
     if device.type == "cuda":
         named = torch.cuda.get_device_name(device)
         for name, known in DEVICES.items():
-            if name in named:
+            if name in named and not any(other in named for other in _OTHER_BOARDS):
                 peak = known.half_flops if dtype.itemsize == 2 else known.tf32_flops
                 return Roof(peak, known.bytes_per_s, f"published peaks of {name}")
         return None

@@ -162,6 +162,7 @@ SPECS = (
         wanted=_INJECT_WANTED,
         reference_bytes=_bytes,
         rivals=_rivals(_separate_inject, cuda_baseline.build_inject),
+        small={"width": 64, "inner": 32, "heads": 2, "tokens": 5},
     ),
     OpSpec(
         op="extraction",
@@ -171,5 +172,6 @@ SPECS = (
         wanted=("queries", "x", "norm_weight", "norm_bias", "kv_weight", "kv_bias"),
         reference_bytes=_bytes,
         rivals=_rivals(_separate_extract, cuda_baseline.build_extract),
+        small={"width": 64, "inner": 32, "heads": 2, "tokens": 5},
     ),
 )

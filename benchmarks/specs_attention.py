@@ -46,15 +46,20 @@ def _qkv(rows: int, heads: int, dim: int, device: torch.device, dtype: torch.dty
 
 
 def make_dilated(
-    tiles: int, device: torch.device, dtype: torch.dtype, *, heads: int = 16, head_dim: int = 48
+    tiles: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int = 16,
+    head_dim: int = 48,
+    segments: tuple[int, ...] = SEGMENTS,
+    ratios: tuple[int, ...] = RATIOS,
 ) -> Call:
-    """Return one slide of `tiles` tiles and a cls token, published branches."""
+    """Return one slide of `tiles` tiles and a cls token; every ratio divides the heads."""
     rows = tiles + 1
-    return Call(
-        _qkv(rows, heads, head_dim, device, dtype),
-        {"segment_lengths": SEGMENTS, "dilation_ratios": RATIOS},
-        {"lengths": [rows], "heads": heads, "head_dim": head_dim},
-    )
+    chosen = {"segment_lengths": segments, "dilation_ratios": ratios}
+    sizes = {"lengths": [rows], "heads": heads, "head_dim": head_dim, **chosen}
+    return Call(_qkv(rows, heads, head_dim, device, dtype), chosen, sizes)
 
 
 def _dilated_reference(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
@@ -73,11 +78,12 @@ def _dilated_bytes(tiles: int, itemsize: int) -> float:
     return itemsize * (3 * widest + 60.0 * rows * 768)
 
 
-def branches(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def branches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
     """Return dilated attention of one sequence, branch by branch with a library's attention."""
     length, heads, dim = q.shape
     outs, logs = [], []
-    for segment, ratio in zip(SEGMENTS, RATIOS, strict=True):
+    chosen = zip(options["segment_lengths"], options["dilation_ratios"], strict=True)
+    for segment, ratio in chosen:
         w, n, m = branch_shape(length, segment, ratio)
         group = heads // ratio
 
@@ -112,8 +118,7 @@ def _branch_rival(library: Callable[[Call], Attend], call: Call) -> Run:
     attend = library(call)
 
     def run(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
-        del options
-        return branches(attend, tensors["q"], tensors["k"], tensors["v"])
+        return branches(attend, tensors["q"], tensors["k"], tensors["v"], options)
 
     return run
 
@@ -172,6 +177,7 @@ SPECS = (
         reference=_dilated_reference,
         wanted=("q", "k", "v"),
         reference_bytes=_dilated_bytes,
+        small={"heads": 4, "head_dim": 8, "segments": (16, 64), "ratios": (1, 4)},
         rivals={
             "ATen flash, branches": Rival(partial(_branch_rival, _aten)),
             "flash-attn, branches": Rival(
@@ -191,6 +197,7 @@ SPECS = (
         reference=_alibi_reference,
         wanted=("q", "k", "v"),
         reference_bytes=_alibi_bytes,
+        small={"heads": 2, "head_dim": 8},
         rivals={"SDPA, dense bias": Rival(_dense_bias)},
     ),
 )

@@ -24,20 +24,27 @@ from modaltune.benchmarks.kernel_spec import (
     by_keywords,
     values,
 )
-from modaltune.benchmarks.model_memory import GENES, pathway_layout
 from modaltune.kernels import pathway_mlp
 from modaltune.kernels.grouped_mlp.reference import pathway_mlp_reference
+from modaltune.published_size import GENES, PATHWAYS, pathway_layout
 
 _ALIGNED = 8  # genes: 16 bytes in half precision, where a group's rows must begin
 
 
 def make_pathways(
-    tiles: int, device: torch.device, dtype: torch.dtype, *, cases: int, width: int = 256
+    tiles: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cases: int,
+    width: int = 256,
+    pathways: int = PATHWAYS,
 ) -> Call:
-    """Return `cases` expression vectors and the published number of pathways; no tiles."""
+    """Return `cases` expression vectors and the first of the published pathways; no tiles."""
     del tiles
     index, offsets = pathway_layout()
-    pathways, members = offsets.numel() - 1, index.numel()
+    index, offsets = index[: int(offsets[pathways])], offsets[: pathways + 1]
+    members = index.numel()
     tensors = {
         "expression": values(0, (cases, GENES), device, dtype),
         "gene_index": index.to(device),
@@ -51,7 +58,7 @@ def make_pathways(
 
 
 def _reference(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
-    return pathway_mlp_reference(**tensors, **options, dropout_p=0.0)
+    return pathway_mlp_reference(**tensors, **options, dropout_p=0.0, seed=0)
 
 
 def _bytes(tiles: int, itemsize: int, *, cases: int) -> float:
@@ -140,6 +147,7 @@ SPECS = tuple(
             "torch._grouped_mm": Rival(_grouped, modes=("forward",)),
         },
         most_tiles=0,
+        small={"width": 16, "pathways": 30},
     )
     for cases in (1, 32)
 )

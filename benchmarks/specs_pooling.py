@@ -58,5 +58,6 @@ SPECS = (
         reference=_reference,
         wanted=("x", "value_weight", "value_bias", "gate_weight", "gate_bias", "score_weight"),
         reference_bytes=_bytes,
+        small={"width": 48, "hidden": 16, "heads": 3},
     ),
 )

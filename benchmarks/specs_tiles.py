@@ -105,6 +105,7 @@ SPECS = (
         reference_bytes=lambda tiles, itemsize: tiles * 3.0 * 224 * 224 * 4 * max(4, itemsize),
         rivals={"torchvision": Rival(_torchvision)},
         most_tiles=_BATCH,
+        small={"side": 40, "crop_px": 32},
     ),
     OpSpec(
         op="position_embed",
@@ -114,5 +115,6 @@ SPECS = (
         wanted=(),
         reference_bytes=lambda tiles, itemsize: tiles * 768.0 * (4 * 8 + 3 * itemsize),
         rivals={"table": Rival(_table)},
+        small={"width": 48},
     ),
 )

@@ -44,29 +44,7 @@ COLUMNS = [
     *("impl", "p20_ms", "p50_ms", "p80_ms", "runs", "peak_mib", "eager_over_this", "gflop_per_s"),
     *("least_gb_per_s", "roof_share", "roof", "checked_tiles"),
 ]
-# Full sizes at few tiles, but for the two that have small ones of their own.
-SMALL: dict[str, dict[str, Any]] = {
-    "dilated_attn": {"heads": 16, "head_dim": 8},
-    "alibi_attn": {"heads": 2, "head_dim": 8},
-    "injection": {"width": 64, "inner": 32, "heads": 2, "tokens": 5},
-    "extraction": {"width": 64, "inner": 32, "heads": 2, "tokens": 5},
-    "gated_pooling": {"width": 48, "hidden": 16, "heads": 3},
-    "grouped_mlp": {"width": 16},
-    "tile_norm": {"side": 40, "crop_px": 32},
-    "position_embed": {"width": 48},
-}
-
-
-def _small(spec: OpSpec) -> OpSpec:
-    """The spec at small widths."""
-
-    def make(tiles: int, device: torch.device, dtype: torch.dtype) -> Call:
-        return spec.make(min(tiles, spec.most_tiles), device, dtype, **SMALL[spec.op])
-
-    return dataclasses.replace(spec, make=make)
-
-
-SPECS = [_small(spec) for spec in all_specs()]
+SPECS = [spec.at_small_size() for spec in all_specs()]
 POOL = next(spec for spec in SPECS if spec.op == "gated_pooling")
 CASES = [pytest.param(s, m, id=f"{s.name}, {m}") for s in SPECS for m in s.modes]
 

@@ -1,0 +1,71 @@
+"""docs/kernels.md: its code runs as written, its commands exist, every op has its section."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from modaltune import kernels
+from modaltune.cli import app
+from modaltune.kernels import __all__ as public
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str, section: str = "") -> list[str]:
+    text = PAGE.partition(f"## {section}")[2].partition("\n## ")[0] if section else PAGE
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_an_op_can_be_lifted_out_as_described(tmp_path: Path) -> None:
+    (shell,), (python,) = (_blocks(name, "Lift one op") for name in ("sh", "python"))
+    (tmp_path / "kernels").symlink_to(ROOT / "kernels")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(["bash", "-euc", shell], cwd=tmp_path, check=True, timeout=60)
+    assert not [p for p in (tmp_path / "lifted").rglob("*.py") if "modaltune" in p.read_text()]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{python}\nimport sys\nassert 'modaltune' not in sys.modules\n"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "torch.Size([2, 2, 64]) torch.Size([300, 2]) torch.Size([300, 64])"
+    )
+
+
+def test_first_example_runs() -> None:
+    names: dict[str, object] = {}
+    exec(_blocks("python")[0], names)
+    assert list(getattr(names["pooled"], "shape", ())) == [2, 1, 768]
+
+
+def test_every_op_has_its_section() -> None:
+    names: dict[str, set[str]] = {}
+    for name in public:
+        folder = getattr(kernels, name).__module__.split(".")[-2]
+        names.setdefault(folder, set()).add(name)
+    sections = set(re.findall(r"^## `(\w+)`: ", PAGE, re.MULTILINE))
+    folders = [path.parent.name for path in (ROOT / "kernels").glob("*/triton_kernels.py")]
+    assert len(folders) > 6
+    assert not [folder for folder in folders if not names[folder] & sections]
+
+
+def test_commands_take_the_options_named() -> None:
+    bench = typer.main.get_command(app).commands["bench"].commands["kernels"]  # type: ignore[attr-defined]
+    known = {option for parameter in bench.params for option in parameter.opts}
+    text = " ".join(block.replace("\\\n", " ") for block in _blocks("sh"))
+    named = re.findall(r"modaltune bench kernels((?: +(?!#)\S+)*)", text)
+    assert len(named) >= 3
+    for options in named:
+        assert set(re.findall(r"--[a-z-]+", options.split("ncu")[0])) <= known
