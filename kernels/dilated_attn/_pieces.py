@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,8 +19,7 @@ _SMALL_SCORES = 2**14
 Branches = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Equal segments of one branch and head group: rows `start + group :: ratio`, some heads."""
 
     start: int  # first row of the first segment, in its sequence
@@ -43,9 +42,12 @@ class Piece:
 
     def view(self, t: Tensor) -> Tensor:
         """Return the rows of this piece of `[L, H, d]` as a view `[segments, heads, places, d]`."""
-        rows = t[self.start : self.start + self.segments * self.length, self.heads]
-        rows = rows.unflatten(0, (self.segments, self.length))
-        return rows[:, self.group :: self.ratio].transpose(1, 2)
+        row, head, column = t.stride()
+        return t.as_strided(
+            (self.segments, self.heads.stop - self.heads.start, self.places, t.shape[2]),
+            (self.length * row, head, self.ratio * row, column),
+            t.storage_offset() + (self.start + self.group) * row + self.heads.start * head,
+        )
 
 
 def _pieces(length: int, heads: int, task: slice, branches: Branches) -> Iterator[Piece]:
@@ -84,17 +86,17 @@ def tasks(
             yield (slice(start, end), task), list(_pieces(end - start, heads, task, branches))
 
 
-def chunks(piece: Piece) -> Iterator[tuple[slice, slice]]:
-    """Cut a piece's view by segments and heads: one at a time if large, many small ones at once."""
-    count = piece.heads.stop - piece.heads.start
+def chunks(piece: Piece) -> Iterator[Piece]:
+    """Cut a piece by segments and heads: one at a time if large, many small ones at once."""
+    _, segments, length, ratio, group, heads, pads = piece
+    count = heads.stop - heads.start
+    step, heads_step = max(BLOCK_SCORES // (count * piece.places**2), 1), count
     if piece.places**2 > _SMALL_SCORES:
-        for segment in range(piece.segments):
-            for head in range(count):
-                yield slice(segment, segment + 1), slice(head, head + 1)
-        return
-    step = max(BLOCK_SCORES // (count * piece.places**2), 1)
-    for first in range(0, piece.segments, step):
-        yield slice(first, first + step), slice(None)
+        step = heads_step = 1
+    for first in range(0, segments, step):
+        start, some = piece.start + first * length, min(step, segments - first)
+        for head in range(heads.start, heads.stop, heads_step):
+            yield Piece(start, some, length, ratio, group, slice(head, head + heads_step), pads)
 
 
 def blocks(problems: int, places: int) -> Iterator[slice]:

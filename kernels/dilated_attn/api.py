@@ -63,30 +63,43 @@ def dilated_attention(
     modulo r, counted inside the segment, is its group `h // ceil(H / r)`. The branches are merged
     by a softmax over their log-sum-exp; these weights are constants in the backward pass.
 
+    The backward pass computes scores again: beyond q, k and v, a call saves 4 bytes per row and
+    head (float32 log-sum-exp; 8 in float64), or nothing where no input needs a gradient. Nothing of
+    a branch is kept.
+
     Args:
-        q: `[N, H, d]` queries of all sequences, packed.
-        k: `[N, H, d]` keys.
-        v: `[N, H, d]` values.
+        q: `[N, H, d]` queries of all sequences, packed; slices of a fused product are fine.
+        k: `[N, H, d]` keys, in the dtype of q.
+        v: `[N, H, d]` values, in the dtype of q.
         segment_lengths: Rows per segment, one per branch; clipped to the sequence.
         dilation_ratios: Dilation per branch, ≥ 1; at least one branch has dilation 1, so that
             every row is visited.
         offsets: `[B + 1]` integer, first row of each sequence and N; None for one sequence.
         scale: Factor on the scores; `d ** -0.5` unless given.
-        impl: `auto`, `triton`, `cpu` or `reference`.
+        impl: `auto`, `triton` (CUDA; CPU tensors only under `TRITON_INTERPRET=1`; heads of at most
+            128 columns), `cpu` or `reference`. Segments that are no multiple of their dilation,
+            where a sequence has more than one of them, are the reference's alone.
 
     Returns:
         `[N, H, d]` in the dtype of `q`.
 
     Raises:
-        ValueError: Shapes, offsets or branches contradict each other.
+        TypeError: q is not floating point.
+        ValueError: Shapes, dtypes, devices, offsets or branches contradict each other.
         RuntimeError: The implementation asked for does not cover this input.
 
     Source: LongNet (Ding et al., 2023), with the zero padding of the published ModalTune.
     """
     check_float("q", q)
     check_shape("q", q, (None, None, None))
+    mixed = torch.is_autocast_enabled(q.device.type)
     for name, tensor in (("k", k), ("v", v)):
         check_shape(name, tensor, tuple(q.shape))
+        require(
+            tensor.device == q.device and (mixed or tensor.dtype == q.dtype),
+            f"{name} must have the dtype and device of q ({q.dtype}, {q.device}), "
+            f"got {tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
+        )
     require(
         len(segment_lengths) == len(dilation_ratios) > 0 and min(*segment_lengths, 1) >= 1,
         "segment_lengths and dilation_ratios must be non-empty, of equal length and positive, got "

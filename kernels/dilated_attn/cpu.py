@@ -158,13 +158,15 @@ def _forward(
     total = torch.zeros_like(lse)
     top = None if _is_safe(q, k, scale) else torch.full_like(lse, _LOWEST)
     for piece in pieces:
-        views = [None if t is None else piece.view(t) for t in (q, k, v, acc, total, top)]
-        for at in chunks(piece):
-            *qkv, here, sums, tops = (None if t is None else t[at] for t in views)
+        for chunk in chunks(piece):
+            here = [chunk.view(t) for t in (q, k, v)]
+            sums = _Sums(
+                chunk.view(acc), chunk.view(total), None if top is None else chunk.view(top)
+            )
             if piece.is_lone:
-                _attend_alone(scale, *qkv, _Sums(here, sums, tops))
+                _attend_alone(scale, *here, sums)
             else:
-                _attend(piece.pads, scale, *qkv, _Sums(here, sums, tops))
+                _attend(piece.pads, scale, *here, sums)
     lse.copy_(total.log2())
     if top is not None:
         lse.add_(top)
@@ -285,10 +287,9 @@ def _backward(
     """Fill the gradients of some heads of a sequence, which are zero."""
     is_safe = _is_safe(inputs[0], inputs[1], scale * _LOG2E)
     for piece in pieces:
-        views = [None if t is None else piece.view(t) for t in (*inputs, lse, *grads)]
-        for at in chunks(piece):
-            *given, lse_here, dq, dk, dv = (None if t is None else t[at] for t in views)
-            wanted = _Grads(dq, dk, dv)
+        for chunk in chunks(piece):
+            *given, lse_here = (chunk.view(t) for t in (*inputs, lse))
+            wanted = _Grads(*(None if t is None else chunk.view(t) for t in grads))
             if piece.is_lone:
                 _pull_back_alone(scale, 1 / branches, given, lse_here, wanted)
             else:
