@@ -39,7 +39,7 @@ GRADIENT_STEPS = 4
 
 @pytest.fixture(autouse=True)
 def large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows in blocks of 128 (the interpreter's time is per block) and partial sums of 256 rows."""
+    """Large blocks (the interpreter's time is per block) and partial sums of 256 rows."""
     if request.function is test_shipped_blocks_of_float32:
         return
     from modaltune.kernels.injection import triton_kernels
@@ -47,8 +47,9 @@ def large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     shipped = triton_kernels.config
 
     def config(op: str, kernel: str, device: torch.device) -> dict[str, Any]:
+        sizes = {"BLOCK_L": 128, "SPAN": 256, "BLOCK_K": 256, "BLOCK_D": 256, "BLOCK_E": 16}
         found = shipped(op, kernel, device)
-        return {**found, **{k: v for k, v in (("BLOCK_L", 128), ("SPAN", 256)) if k in found}}
+        return {n: sizes.get(n, v) for n, v in found.items()}
 
     monkeypatch.setattr(triton_kernels, "config", config)
 
@@ -136,8 +137,8 @@ def test_published_shape(dtype: torch.dtype) -> None:
 
 
 def test_shipped_blocks_of_float32() -> None:
-    """The blocks as they are shipped: several programs, a last block of one row."""
-    inputs = make_inputs([65], tokens=17, width=64, inner=32)
+    """The blocks as they are shipped: several of them, a last one of one row and 8 columns."""
+    inputs = make_inputs([65], tokens=17, width=72, inner=32)
     check_against_reference(
         inject, inputs, impl="triton", gradient_steps=GRADIENT_STEPS, num_heads=2
     )

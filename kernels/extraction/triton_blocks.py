@@ -56,10 +56,11 @@ def project(x_ptr, weight_ptr, norm_weight_ptr, rows, keep, columns, stride_xn, 
             eps, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
             PER_GROUP: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr,
             EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """W' x of BLOCK_L rows for a group's columns, and the mean and 1 / deviation of the rows.
+    """W' x of BLOCK_L rows for a group's columns; mean, 1 / deviation, and mean as multiplied.
 
     Sums for the statistics are taken in the loop of the product, about the mean of a row's first
-    BLOCK_K values, so that the variance does not cancel.
+    BLOCK_K values, so that the variance does not cancel. Float32 rows are multiplied without it, so
+    that a large mean costs no digits there.
     """
     COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD
     IS_PADDED: tl.constexpr = HEAD_DIM != HEAD_PAD or NUM_HEADS % PER_GROUP != 0
@@ -83,15 +84,21 @@ def project(x_ptr, weight_ptr, norm_weight_ptr, rows, keep, columns, stride_xn, 
             weight_ptr, norm_weight_ptr, stride_we, source, is_real, at + k, width, IS_PADDED,
             EVEN_K, UPCAST,
         )  # fmt: skip
-        product = tl.dot(x, tl.trans(weight), product, input_precision=PRECISION)
         centred = x.to(tl.float32) - shift[:, None]  # [L, K]
         if not EVEN_K:
             centred = tl.where((at + k < width)[None, :], centred, 0.0)
+        if x_ptr.dtype.element_ty == tl.float32:
+            x = centred
+        product = tl.dot(x, tl.trans(weight), product, input_precision=PRECISION)
         sums += tl.sum(centred, 1)
         squares += tl.sum(centred * centred, 1)
     mean = sums / width  # [L], about the shift
     variance = tl.maximum(squares / width - mean * mean, 0.0)
-    return product, mean + shift, 1.0 / tl.sqrt(variance + eps)
+    rstd = 1.0 / tl.sqrt(variance + eps)  # [L]
+    if x_ptr.dtype.element_ty == tl.float32:
+        return product, mean + shift, rstd, mean
+    else:
+        return product, mean + shift, rstd, mean + shift
 
 
 @triton.jit
@@ -103,11 +110,11 @@ def keys_and_values(x_ptr, weight_ptr, norm_weight_ptr, constants_ptr, rows, kee
     """k and v of a group's heads [L, COLUMNS] in the type of x; mean and 1 / deviation [L]."""
     COLUMNS: tl.constexpr = 2 * PER_GROUP * HEAD_PAD
     columns = group * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    kv, mean, rstd = project(
+    kv, mean, rstd, rest = project(
         x_ptr, weight_ptr, norm_weight_ptr, rows, keep, columns, stride_xn, stride_we, width, eps,
         NUM_HEADS, HEAD_DIM, HEAD_PAD, PER_GROUP, BLOCK_L, BLOCK_K, EVEN_K, UPCAST, PRECISION,
     )  # fmt: skip
-    kv = (kv - mean[:, None] * tl.load(constants_ptr + columns)[None, :]) * rstd[:, None]
+    kv = (kv - rest[:, None] * tl.load(constants_ptr + columns)[None, :]) * rstd[:, None]
     kv += tl.load(constants_ptr + GROUPS * COLUMNS + columns)[None, :]
     if not UPCAST:
         kv = kv.to(x_ptr.dtype.element_ty)

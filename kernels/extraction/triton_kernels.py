@@ -448,9 +448,15 @@ def _pull_weights(
     if needs[0] or needs[2]:
         product = torch.zeros(sums.shape[1], width, dtype=torch.float32, device=x.device)
         for start, end in pairwise(offsets.tolist()):
-            start = min(start + num_prefix, end)
-            product += _product(pulled.w[start:end], x[start:end])
-        slopes = in_order(product - sums[1, :, None])  # [2E, D]
+            rows = slice(min(start + num_prefix, end), end)
+            tiles = x[rows]
+            if x.dtype == torch.float32:
+                # Beforehand, at the price of a copy: afterwards a large mean would cost digits.
+                tiles = tiles - pulled.rows[0, rows, None]
+            product += _product(pulled.w[rows], tiles)
+        if x.dtype != torch.float32:
+            product -= sums[1, :, None]
+        slopes = in_order(product)  # [2E, D]
         if needs[0]:
             found[0] = (weight * slopes).sum(0)
         if needs[2]:

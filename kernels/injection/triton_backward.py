@@ -68,7 +68,7 @@ def inject_bwd_project_kernel(
     rows = tl.arange(0, BLOCK_L)
     keep = rows < num_rows - start
     base = rows_ptr + start.to(tl.int64) * stride_rn
-    main, tail, mean, variance = project_rows(
+    main, tail, mean, variance, rest = project_rows(
         base, stride_rn, keep, weight_ptr, factor_ptr, BLOCK_L, BLOCK_K, WIDTH, MAIN, TAIL,
         STATISTICS, UPCAST, PRECISION,
     )  # fmt: skip
@@ -76,9 +76,9 @@ def inject_bwd_project_kernel(
         rstd = tl.rsqrt(variance + eps)  # [L]
         tl.store(statistics_ptr + start + rows, mean, mask=keep)
         tl.store(statistics_ptr + num_rows + start + rows, rstd, mask=keep)
-        main = normed_query(main, mean, rstd, sum_ptr, shift_ptr, 0, MAIN)
+        main = normed_query(main, rest, rstd, sum_ptr, shift_ptr, 0, MAIN)
         if TAIL:
-            tail = normed_query(tail, mean, rstd, sum_ptr, shift_ptr, MAIN, TAIL)
+            tail = normed_query(tail, rest, rstd, sum_ptr, shift_ptr, MAIN, TAIL)
     out_base = out_ptr + start.to(tl.int64) * INNER
     _store_inner(out_base, main, keep, BLOCK_L, 0, MAIN, INNER)
     if TAIL:

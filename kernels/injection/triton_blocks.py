@@ -46,10 +46,12 @@ def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constex
                  BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
                  TAIL: tl.constexpr, STATISTICS: tl.constexpr, UPCAST: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Rows times a weight `[MAIN + TAIL, WIDTH]` transposed: (main, tail, mean, variance).
+    """Rows times a weight `[MAIN + TAIL, WIDTH]` transposed: (main, tail, mean, variance, rest).
 
-    With STATISTICS the mean and variance of the rows come out of the same pass; without, the rows
-    are scaled by the columns of `factor_ptr` first.
+    With STATISTICS the mean and variance of the rows come out of the same pass, and `rest` is the
+    mean of the rows as they were multiplied: float32 rows are multiplied without their shift, so
+    that a large mean costs no digits. Without STATISTICS the rows are scaled by the columns of
+    `factor_ptr` first.
     """
     rows = tl.arange(0, BLOCK_L)
     inner = tl.arange(0, MAIN)
@@ -80,6 +82,8 @@ def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constex
                 apart = tl.where((cols < WIDTH)[None, :], apart, 0.0)
             total += tl.sum(apart, 1)
             squares += tl.sum(apart * apart, 1)
+            if base.dtype.element_ty == tl.float32:
+                x = apart
         else:
             x = (x * load_row(factor_ptr, cols, WIDTH)[None, :]).to(x.dtype)
         weight = load_weight(weight_ptr, inner, cols, WIDTH, BLOCK_K, UPCAST)  # [MAIN, BLOCK_K]
@@ -88,16 +92,21 @@ def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constex
             weight = load_weight(weight_ptr, inner_tail, cols, WIDTH, BLOCK_K, UPCAST)
             tail = tl.dot(x, tl.trans(weight), tail, input_precision=PRECISION)  # [L, TAIL]
     centre = total / WIDTH  # [L]
-    return main, tail, shift + centre, tl.maximum(squares / WIDTH - centre * centre, 0.0)
+    mean = shift + centre  # [L]
+    variance = tl.maximum(squares / WIDTH - centre * centre, 0.0)  # [L]
+    if base.dtype.element_ty == tl.float32:
+        return main, tail, mean, variance, centre
+    else:
+        return main, tail, mean, variance, mean
 
 
 @triton.jit
-def normed_query(product, mean, rstd, sum_ptr, bias_ptr, FIRST: tl.constexpr, COLS: tl.constexpr):
-    """Queries [L, COLS] of normalised rows from the product of the rows as they are."""
+def normed_query(product, rest, rstd, sum_ptr, bias_ptr, FIRST: tl.constexpr, COLS: tl.constexpr):
+    """Queries [L, COLS] of normalised rows from the product of rows whose mean is `rest`."""
     inner = FIRST + tl.arange(0, COLS)
     sums = tl.load(sum_ptr + inner)  # [COLS]
     bias = tl.load(bias_ptr + inner)  # [COLS]
-    return (product - mean[:, None] * sums[None, :]) * rstd[:, None] + bias[None, :]
+    return (product - rest[:, None] * sums[None, :]) * rstd[:, None] + bias[None, :]
 
 
 @triton.jit

@@ -34,7 +34,11 @@ def inject_fwd_fold_kernel(
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
 ):  # fmt: skip
-    """W', c, b' and Wo transposed, each head padded with zeros to HEAD_PAD rows."""
+    """W', c, b' and Wo transposed, each head padded with zeros to HEAD_PAD rows.
+
+    Every padded head is HEAD_PAD rows, at least 16, which BLOCK_E divides.
+    """
+    tl.static_assert(HEAD_PAD % BLOCK_E == 0)
     rows = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)  # [E]
     within = rows % HEAD_PAD
     source = rows // HEAD_PAD * HEAD_DIM + within  # [E]
@@ -121,15 +125,15 @@ def inject_fwd_kernel(
     # What products and softmax work with: the interpreter has no bfloat16.
     dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
 
-    product, product_tail, mean, variance = project_rows(
+    product, product_tail, _, variance, rest = project_rows(
         x_base, stride_xn, keep, query_ptr, gamma_ptr, BLOCK_L, BLOCK_K, WIDTH, MAIN, TAIL,
         True, UPCAST, PRECISION,
     )  # fmt: skip
     rstd = tl.rsqrt(variance + eps)  # [L]
-    q = normed_query(product, mean, rstd, query_sum_ptr, query_shift_ptr, 0, MAIN).to(dtype)
+    q = normed_query(product, rest, rstd, query_sum_ptr, query_shift_ptr, 0, MAIN).to(dtype)
     q_tail = q
     if TAIL:
-        q_tail = normed_query(product_tail, mean, rstd, query_sum_ptr, query_shift_ptr, MAIN, TAIL)
+        q_tail = normed_query(product_tail, rest, rstd, query_sum_ptr, query_shift_ptr, MAIN, TAIL)
         q_tail = q_tail.to(dtype)
 
     bias_base = key_bias_ptr + case * stride_bb
