@@ -25,11 +25,10 @@ from modaltune.benchmarks.harness import (
     results_folder,
     timestamp,
 )
-from modaltune.benchmarks.model_memory import pathway_layout
 from modaltune.engine.errors import InputError
 
 if TYPE_CHECKING:
-    from modaltune import ModalTune, ModalTuneConfig
+    from modaltune import ModalTuneConfig
     from modaltune.memory_plan import Setting
 
 CSV_NAME = "memory_plan.csv"
@@ -37,27 +36,19 @@ BAR = 0.15
 STEPS = 2
 
 
-def build(config: ModalTuneConfig) -> ModalTune:
-    """Return a model with random weights on the published pathway layout."""
-    from modaltune import ModalTune
-
-    gene_index, gene_offsets = pathway_layout()
-    return ModalTune(config, gene_index=gene_index, gene_offsets=gene_offsets)
-
-
 def run_setting(config_json: str, setting_json: str, tiles: int) -> dict[str, Any]:
     """Run one setting in this process; return `seconds` and `peak_mib` of the process."""
     import torch
 
     from modaltune import ModalTuneConfig
-    from modaltune.memory_probe import synthetic_batch
+    from modaltune.published_size import published_size_model, random_cases
     from modaltune.testing import peak_memory_mib
     from modaltune.train import TrainConfig, make_optimizer, train_step
 
     setting = json.loads(setting_json)
-    model = build(ModalTuneConfig.model_validate_json(config_json))
+    model = published_size_model(ModalTuneConfig.model_validate_json(config_json))
     model.adjust(task_trunk=setting["task_trunk"], recompute=setting.get("recompute", "none"))
-    batch = synthetic_batch(model, tiles)
+    batch = random_cases(model, tiles)
     started = time.perf_counter()
     if setting["mode"] == "forward":
         model.eval()
@@ -106,8 +97,9 @@ def compare(
 ) -> list[dict[str, object]]:
     """Predict and measure settings at one number of tiles; return one row each."""
     from modaltune.memory_plan import MemoryPlan
+    from modaltune.published_size import published_size_model
 
-    plan = MemoryPlan(build(config), tiles)
+    plan = MemoryPlan(published_size_model(config), tiles)
     rows = []
     for setting in wanted:
         found = in_fresh_process(config, setting, tiles)

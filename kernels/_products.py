@@ -93,7 +93,7 @@ class PackedWeights:
                 return found.copy
             of_weight.pop(key, None)
             rows = weight.detach()[part]
-            if self._bytes() + rows.numel() * rows.element_size() > _most_bytes():
+            if self._bytes() + rows.numel() * rows.element_size() > most_packed_bytes():
                 return None
             made = _Packed(
                 weight._version,
@@ -122,7 +122,12 @@ class PackedWeights:
 PACKED = PackedWeights()
 
 
-def _most_bytes() -> int:
+def most_packed_bytes() -> int:
+    """Return the most bytes of reordered copies that are kept, from the environment or by default.
+
+    Raises:
+        ValueError: The variable is no whole number of MiB.
+    """
     text = os.environ.get(MEMORY_VARIABLE, str(DEFAULT_PACKED_MIB))
     if not text.isdecimal():
         raise ValueError(

@@ -14,9 +14,14 @@ from typing import Literal
 
 import torch
 
+from modaltune.adapter import AdapterConfig
+from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
+from modaltune.kernels.frozen_product.api import most_packed_bytes
 from modaltune.memory_probe import Parts, count_parts
+from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
+from modaltune.slide_encoders.longnet import LongNetConfig
 
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -25,21 +30,29 @@ RECOMPUTE = ("none", "layer", "interaction")
 # A step's work in passes of the trunk: one forward, about two backward; what is computed again.
 _BACKWARD_PASSES, _AGAIN = 2, {"none": 0, "layer": 1, "interaction": 2}
 
-# A process without the model: what importing brings, what the first product starts (threads and
-# their buffers), and what the first optimiser imports on its own.
+# A process that runs a tiny model: what importing brings, and what the first use of each part does
+# (threads and their buffers, compiled loops, what the first optimiser imports).
 _PROCESS = """
 import torch
+from modaltune.memory_plan import TINY
+from modaltune.published_size import published_size_model, random_cases
 from modaltune.testing import peak_memory_mib
-from modaltune.train import train_step
-layer, x = torch.nn.Linear(256, 256), torch.ones(256, 256)
+from modaltune.train import TrainConfig, make_optimizer, train_step
+model = published_size_model(TINY).eval()
+batch = random_cases(model, 128)
 with torch.no_grad():
-    torch.nn.functional.gelu(layer(x))
+    targets = torch.nn.functional.normalize(model(batch), dim=-1)
 print(peak_memory_mib())
-optimizer = torch.optim.AdamW(layer.parameters())
-layer(x).sum().backward()
-optimizer.step()
+recipe = TrainConfig()
+train_step(model.train(), make_optimizer(model, recipe), batch, targets, recipe)
 print(peak_memory_mib())
 """
+TINY = ModalTuneConfig(
+    slide_encoder=LongNetConfig(in_features=64, width=64, depth=1, heads=4, ffn_width=64),
+    adapter=AdapterConfig(heads=4, interactions=((0, 0),)),
+    genes=GeneConfig(width=16, depth=1, tokens=4),
+    out_features=16,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,7 @@ class MemoryPlan:
         interactions = model.adapter.interactions()
         self.interactions = len(interactions)
         self.ranges = [block.last - block.first + 1 for block in interactions]
+        self.blocks_run = model.adapter.first_block + sum(self.ranges)
         self.extractors = [len(block.extractors()) for block in interactions]
         is_gpu = model.modal_positions.is_cuda
         if process_mib is None:
@@ -126,7 +140,7 @@ class MemoryPlan:
 
     def peak_mib(self, setting: Setting) -> float:
         """Return the predicted peak of a fresh process (of the device, on a GPU) in MiB."""
-        fixed = self.process[setting.mode] + self.weights + self.inputs
+        fixed = self.process[setting.mode] + self.weights + self.inputs + self._packed(setting)
         if setting.mode == "forward":
             return (fixed + self._forward()) / 2**20
         fixed += 2 * self.tuned  # both moments of AdamW
@@ -134,6 +148,12 @@ class MemoryPlan:
         backward = self._train(setting) + several * self.tuned
         step = self.tuned + 2 * self.largest  # gradients, and two tensors of the update
         return (fixed + max(backward, step)) / 2**20
+
+    def _packed(self, setting: Setting) -> float:
+        """Return the bytes of reordered copies of frozen weights, as far as they are kept."""
+        parts = self.parts
+        each = parts.packed_plain if setting.mode == "forward" else parts.packed_train
+        return min(parts.packed_embed + self.blocks_run * each, most_packed_bytes())
 
     def _forward(self) -> float:
         n, parts = self.tiles, self.parts

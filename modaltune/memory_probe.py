@@ -6,23 +6,25 @@ written down here, so the counts follow whatever the layers do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modaltune.batch import CaseBatch
 from modaltune.errors import InputError
+from modaltune.kernels.frozen_product.api import packed_bytes
 from modaltune.model import ModalTune
+from modaltune.published_size import random_cases
 from modaltune.slide_encoders.protocol import SlideTokens
 
 # Rows beyond which a part grows in a straight line: more than any block of rows that is worked on
-# at once. The second size is where the slope is taken.
-PROBE_ROWS = (4352, 5632)
+# at once (2,048). The second size is where the slope is taken.
+PROBE_ROWS = (2560, 3584)
+WARM_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Parts:
         injector: An injector.
         extractor: An extractor.
         modalities: The encoders of genes, clinical records and further modalities.
+        packed_embed: Reordered copies of frozen weights that embedding tiles leaves behind.
+        packed_plain: What one encoder block leaves behind without gradients.
+        packed_train: What it leaves behind in a training step.
     """
 
     tokens: Line
@@ -78,6 +83,9 @@ class Parts:
     injector: Part
     extractor: Part
     modalities: Part
+    packed_embed: int
+    packed_plain: int
+    packed_train: int
 
 
 @dataclass(frozen=True)
@@ -96,10 +104,15 @@ def count_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, Cou
     """
     if device.type == "cuda":
         return _count_cuda(run, device)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        result = run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler sees the memory of its own thread alone
+    try:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler:
+            result = run()
+    finally:
+        torch.set_num_threads(threads)
     kineto: Any = profiler.profiler
     events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
@@ -120,33 +133,6 @@ def _count_cuda(run: Callable[[], Any], device: torch.device) -> tuple[Any, Coun
     return result, Counted(torch.cuda.memory_allocated(device) - before, peak)
 
 
-def synthetic_batch(model: ModalTune, tiles: int, seed: int = 0) -> CaseBatch:
-    """Return one case of random tiles on a square grid and random values of every modality.
-
-    Raises:
-        InputError: A further modality does not say how many values it takes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device, dtype = model.modal_positions.device, model.modal_positions.dtype
-    config: Any = model.slide_encoder
-    cell_px = int(getattr(config.config, "cell_px", 256)) if hasattr(config, "config") else 256
-    side = math.isqrt(max(tiles - 1, 0)) + 1
-    cell = torch.arange(tiles)
-    values = {}
-    for name, module in model.each_modality().items():
-        if module.in_features is None:
-            raise InputError(
-                f"modality {name} must state in_features to be planned for, got None; set it"
-            )
-        values[name] = torch.randn(1, module.in_features, generator=generator)
-    return CaseBatch(
-        tiles=torch.randn(tiles, model.slide_encoder.in_features, generator=generator),
-        positions_px=torch.stack([cell % side, cell // side], dim=1) * cell_px,
-        offsets=torch.tensor([0, tiles]),
-        modalities=values,
-    ).to(device, dtype)
-
-
 def count_parts(model: ModalTune, tiles: int) -> Parts:
     """Count the memory of every part of a model, on its device.
 
@@ -160,7 +146,8 @@ def count_parts(model: ModalTune, tiles: int) -> Parts:
     if tiles < 2:
         raise InputError(f"tiles must be at least 2 to count memory, got {tiles}; give more")
     sizes = PROBE_ROWS if tiles > PROBE_ROWS[1] else (tiles // 2, tiles)
-    seen = [_count_at(model, size) for size in sizes]
+    packed = _warm(model)
+    seen = [_Probe(model, size).count() for size in sizes]
     model.eval()
     model.zero_grad(set_to_none=True)
     found: dict[str, Line] = {
@@ -171,50 +158,85 @@ def count_parts(model: ModalTune, tiles: int) -> Parts:
         return Part(*(found[f"{name} {what}"] for what in ("plain", "held", "peak")))
 
     layer, injector, extractor = (part(name) for name in ("layer", "injector", "extractor"))
-    return Parts(found["tokens"], found["embed"], layer, injector, extractor, part("modalities"))
+    return Parts(
+        found["tokens"], found["embed"], layer, injector, extractor, part("modalities"), *packed
+    )
 
 
-def _count_at(model: ModalTune, tiles: int) -> dict[str, float]:
-    device, batch = model.modal_positions.device, synthetic_batch(model, tiles)
-    block, encoder = model.adapter.interactions()[-1], model.slide_encoder
-
-    def embed() -> SlideTokens | None:
-        return model.embed_tiles(batch)[0]
-
-    def modalities() -> Tensor:
-        return torch.cat([e.tokens for e in model.encode_modalities(batch).values()], dim=1)
-
-    model.eval()
+def _warm(model: ModalTune) -> tuple[int, int, int]:
+    """Run what is counted later once, and return the copies of weights that it leaves behind."""
+    probe = _Probe(model, WARM_ROWS)
+    was = [packed_bytes()]
+    probe.embed()
+    was.append(packed_bytes())
     with torch.no_grad():
-        tokens, embedding = count_memory(embed, device)
-        modal = modalities()
-    positions = model.modal_positions[: modal.shape[1]]
-    found: dict[str, float] = {"tokens": tokens.x.nbytes, "embed": embedding.peak}
+        probe.layer(probe.tokens.x, probe.modal)
+    was.append(packed_bytes())
+    probe.count()
+    was.append(packed_bytes())
+    embed, plain, more = (after - before for before, after in pairwise(was))
+    return embed, plain, plain + more
 
-    def layer(x: Tensor, _: Tensor) -> Tensor:
-        return encoder.blocks(tokens.with_x(x), block.last, block.last).x
 
-    def injector(x: Tensor, modal: Tensor) -> Tensor:
-        return block.injector(tokens.with_x(x), modal, positions, None).x
+class _Probe:
+    """The parts of a model, to be run on one case of random tiles."""
 
-    def extractor(x: Tensor, modal: Tensor) -> Tensor:
-        return block.extractor(modal, positions, tokens.with_x(x))
-
-    runs = {"layer": layer, "injector": injector, "extractor": extractor}
-    for name, run in {**runs, "modalities": lambda _, __: modalities()}.items():
-        x, given = tokens.x.detach(), modal.detach()
+    def __init__(self, model: ModalTune, tiles: int) -> None:
+        self.model, self.device = model, model.modal_positions.device
+        self.batch = random_cases(model, tiles).to(self.device, model.modal_positions.dtype)
+        self.block = model.adapter.interactions()[-1]
         model.eval()
         with torch.no_grad():
-            _, plain = count_memory(partial(run, x, given), device)
-        model.train()
-        x, given = x.requires_grad_(), given.requires_grad_()
-        out, forward = count_memory(partial(run, x, given), device)
-        _, backward = count_memory(lambda out=out: out.backward(torch.ones_like(out)), device)
-        found |= {
-            f"{name} plain": plain.peak,
-            f"{name} held": forward.left,
-            f"{name} peak": max(forward.peak, forward.left + backward.peak),
-        }
-        del out
-        model.zero_grad(set_to_none=True)
-    return found
+            self.tokens = self.embed()
+            self.modal = self.modalities(self.tokens.x, self.tokens.x)
+        self.positions = model.modal_positions[: self.modal.shape[1]]
+
+    def embed(self) -> SlideTokens:
+        tokens, _ = self.model.embed_tiles(self.batch)
+        assert tokens is not None  # there are tiles
+        return tokens
+
+    def modalities(self, x: Tensor, _: Tensor) -> Tensor:
+        encoded = self.model.encode_modalities(self.batch).values()
+        if not encoded:
+            return x.new_zeros(1, 1, x.shape[1])
+        return torch.cat([e.tokens for e in encoded], dim=1)
+
+    def layer(self, x: Tensor, _: Tensor) -> Tensor:
+        last = self.block.last
+        return self.model.slide_encoder.blocks(self.tokens.with_x(x), last, last).x
+
+    def injector(self, x: Tensor, modal: Tensor) -> Tensor:
+        return self.block.injector(self.tokens.with_x(x), modal, self.positions, None).x
+
+    def extractor(self, x: Tensor, modal: Tensor) -> Tensor:
+        return self.block.extractor(modal, self.positions, self.tokens.with_x(x))
+
+    def count(self) -> dict[str, float]:
+        """Return the bytes of every part at this number of tiles."""
+        self.model.eval()
+        with torch.no_grad():
+            _, embedding = count_memory(self.embed, self.device)
+        found: dict[str, float] = {"tokens": self.tokens.x.nbytes, "embed": embedding.peak}
+        runs = {"layer": self.layer, "injector": self.injector, "extractor": self.extractor}
+        for name, run in {**runs, "modalities": self.modalities}.items():
+            found |= {f"{name} {what}": n for what, n in self._count_part(run).items()}
+        return found
+
+    def _count_part(self, run: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        x, modal = self.tokens.x.detach(), self.modal.detach()
+        self.model.eval()
+        with torch.no_grad():
+            _, plain = count_memory(partial(run, x, modal), self.device)
+        self.model.train()
+        x, modal = x.requires_grad_(), modal.requires_grad_()
+        out, forward = count_memory(partial(run, x, modal), self.device)
+
+        def pull() -> None:
+            if out.requires_grad:
+                out.backward(torch.ones_like(out))
+
+        _, backward = count_memory(pull, self.device)
+        self.model.zero_grad(set_to_none=True)
+        peak = max(forward.peak, forward.left + backward.peak)
+        return {"plain": plain.peak, "held": forward.left, "peak": peak}

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from modaltune.checkpoint import load_run
-from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
 from modaltune.memory_plan import (
     MODES,
@@ -22,10 +20,7 @@ from modaltune.memory_plan import (
     cheapest,
     device_of,
 )
-from modaltune.model import ModalTune
-
-# The published pathway table: METHOD 7.
-_PATHWAYS, _MEMBERSHIPS, _GENES = 331, 9745, 4999
+from modaltune.published_size import published_size_model
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def plan(
     where = device_of(device)
     if budget_gib is not None and not budget_gib > 0:
         raise InputError(f"budget must be positive, got {budget_gib} GiB; give another")
-    model = published_model().to(where) if run is None else load_run(run, device=where).model
+    model = published_size_model().to(where) if run is None else load_run(run, device=where).model
     if budget_gib is None:
         budget, source = free_mib(where), "free on this machine now"
     else:
@@ -136,13 +131,6 @@ def plan(
     rows = MemoryPlan(model, tiles).table(modes, budget)
     choice = {m: cheapest(rows, m, trunks) for m in modes}
     return PlanReport(tiles, where.type, budget, source, trunks, rows, choice)
-
-
-def published_model() -> ModalTune:
-    """Return a model of the published size with random weights, over as many genes."""
-    index: Tensor = torch.arange(_MEMBERSHIPS) % _GENES
-    bounds = torch.arange(_PATHWAYS + 1) * _MEMBERSHIPS // _PATHWAYS
-    return ModalTune(ModalTuneConfig(), gene_index=index, gene_offsets=bounds)
 
 
 def free_mib(device: torch.device) -> float:

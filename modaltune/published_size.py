@@ -52,7 +52,8 @@ def random_cases(model: ModalTune, tiles: int, cases: int = 1, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     cell = torch.arange(tiles)
     side = math.isqrt(tiles) + 1
-    position = torch.stack([cell % side, cell // side], dim=1) * TILE_PX
+    encoder = model.config.slide_encoder
+    position = torch.stack([cell % side, cell // side], dim=1) * encoder.cell_px
     width = model.slide_encoder.in_features
     tile_features = torch.randn(tiles * cases, width, generator=generator)
     return CaseBatch(
