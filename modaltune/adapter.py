@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from modaltune.bottleneck import BottleneckAttention
 from modaltune.errors import InputError
-from modaltune.kernels import extract, inject
+from modaltune.kernels import extract, inject, inject_tasks
 from modaltune.kernels.ranges import stage_range
 from modaltune.recompute import again
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
@@ -68,29 +69,66 @@ class Injector(nn.Module):
 
         The positions go on keys and values alike, as published.
         """
+        keys, values = self._project(modal, positions)
+        return tokens.with_x(
+            inject(tokens.x, keys, values, key_mask=key_mask, **self._arguments(tokens))
+        )
+
+    @stage_range("injector")
+    def for_tasks(
+        self,
+        tokens: SlideTokens,
+        modal: Tensor,
+        positions: Tensor,
+        prompts: Tensor,
+        prompt_position: Tensor,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """Return what T tasks that share all but their prompt make of the same rows, `[T, N, D]`.
+
+        Args:
+            tokens: Rows of B cases.
+            modal: `[B, G, D]` common modal tokens.
+            positions: `[G, D]` their positions.
+            prompts: `[T, D]` task tokens.
+            prompt_position: `[D]` their position.
+            key_mask: `[B, G]` bool over the common tokens; None for all.
+        """
+        keys, values = self._project(modal, positions)
+        own = self._project(prompts, prompt_position)
+        task_keys, task_values = (t.expand(modal.shape[0], -1, -1) for t in own)
+        return inject_tasks(
+            tokens.x,
+            keys,
+            values,
+            task_keys,
+            task_values,
+            key_mask=key_mask,
+            **self._arguments(tokens),
+        )
+
+    def _project(self, modal: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         kv = self.norm_kv(modal) + positions
+        return self.attn.key(kv), self.attn.value(kv)
+
+    def _arguments(self, tokens: SlideTokens) -> dict[str, Any]:
+        """Return what both forms of the kernel take beside tokens, keys and values."""
         query_weight, query_bias = self.attn.query_map()
         output_weight, output_bias = self.attn.output_map()
-        return tokens.with_x(
-            inject(
-                tokens.x,
-                self.attn.key(kv),
-                self.attn.value(kv),
-                self.gamma,
-                norm_weight=self.norm.weight,
-                norm_bias=self.norm.bias,
-                query_weight=query_weight,
-                query_bias=query_bias,
-                output_weight=output_weight,
-                output_bias=output_bias,
-                num_heads=self.attn.heads,
-                offsets=tokens.offsets,
-                num_prefix=tokens.num_prefix,
-                key_mask=key_mask,
-                eps=self.norm.eps,
-                impl=self.impl,
-            )
-        )
+        return {
+            "gamma": self.gamma,
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            "query_weight": query_weight,
+            "query_bias": query_bias,
+            "output_weight": output_weight,
+            "output_bias": output_bias,
+            "num_heads": self.attn.heads,
+            "offsets": tokens.offsets,
+            "num_prefix": tokens.num_prefix,
+            "eps": self.norm.eps,
+            "impl": self.impl,
+        }
 
 
 class ExtractorFFN(nn.Module):
@@ -214,15 +252,17 @@ class InteractionBlock(nn.Module):
         positions: Tensor,
         key_mask: Tensor | None,
         recompute: str = "none",
+        injected: bool = False,
     ) -> tuple[SlideTokens, Tensor]:
         """Return tile tokens after the blocks and modal tokens `[B, G, D]` after extraction.
 
         `recompute` says what the backward pass computes again: `none`, `layer` (the inside of the
         injector, every block and every extractor) or `interaction` (that, and all between).
+        With `injected` the tokens have passed the injector already.
         """
         # Without the rows: who keeps the layout does not keep them.
         layout = tokens.with_x(tokens.x.new_empty(0))
-        run = partial(self._interact, encoder, layout, key_mask, recompute != "none")
+        run = partial(self._interact, encoder, layout, key_mask, recompute != "none", injected)
         x, modal = again(recompute == "interaction", run, tokens.x, modal, positions)
         return tokens.with_x(x), modal
 
@@ -232,13 +272,14 @@ class InteractionBlock(nn.Module):
         layout: SlideTokens,
         key_mask: Tensor | None,
         parts: bool,
+        injected: bool,
         x: Tensor,
         modal: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Run the interaction on rows `[M, D]`; with `parts` each part is computed again."""
-        inject_rows = partial(self._inject, layout, key_mask)
-        x = again(parts, inject_rows, x, modal, positions)
+        if not injected:
+            x = again(parts, partial(self._inject, layout, key_mask), x, modal, positions)
         alone = [(n, n) for n in range(self.first, self.last + 1)]
         for first, last in alone if parts else [(self.first, self.last)]:
             x = again(parts, partial(self._run_blocks, encoder, layout, first, last), x)
@@ -315,6 +356,7 @@ class ModalAdapter(nn.Module):
         self_mask: Tensor | None = None,
         with_tiles: Tensor | None = None,
         recompute: str = "none",
+        injected: bool = False,
     ) -> tuple[SlideTokens | None, Tensor]:
         """Run all interactions.
 
@@ -329,6 +371,7 @@ class ModalAdapter(nn.Module):
             with_tiles: `[C]` indices of the cases in `tokens`, or None when all have tiles. Cases
                 without tiles skip injectors and extractors.
             recompute: What the backward pass computes again (see `InteractionBlock`).
+            injected: The tokens have passed the first injector already.
 
         Returns:
             Tile tokens and modal tokens after the last interaction.
@@ -339,11 +382,12 @@ class ModalAdapter(nn.Module):
                 modal = attentions[n - 1](modal, positions, self_mask)
             if tokens is None:
                 continue
+            done = injected and n == 0
             if with_tiles is None:
-                tokens, modal = block(encoder, tokens, modal, positions, key_mask, recompute)
+                tokens, modal = block(encoder, tokens, modal, positions, key_mask, recompute, done)
                 continue
             mask = None if key_mask is None else key_mask[with_tiles]
             seen = modal[with_tiles]
-            tokens, updated = block(encoder, tokens, seen, positions, mask, recompute)
+            tokens, updated = block(encoder, tokens, seen, positions, mask, recompute, done)
             modal = modal.index_copy(0, with_tiles, updated)
         return tokens, modal

@@ -48,7 +48,8 @@ class FoldedMaps:
             seen, counted, folded = found
             if counted == versions and all(map(_same_place, seen, sources)):
                 return folded
-        folded = fold()
+        with torch.inference_mode(False), torch.no_grad():
+            folded = fold()  # with a version, so that copies in other layouts may be kept, too
         # The sources are held, so that their memory is not given to others meanwhile.
         self._kept[name, dtype] = ([t.detach() for t in sources], versions, folded)
         return folded

@@ -45,9 +45,12 @@ class Encodings:
     with_tiles: Tensor | None
     modalities: Mapping[str, Encoded]
 
-    def repeated(self, times: int) -> Encodings:
-        """Return the encodings of `times` copies of all cases, copy after copy."""
-        if times == 1:
+    def repeated(self, times: int, rows: Tensor | None = None) -> Encodings:
+        """Return the encodings of `times` copies of all cases, copy after copy.
+
+        `rows` `[times * M, D]` stand for the rows of the copies, where they are not equal.
+        """
+        if times == 1 and rows is None:
             return self
         with_tiles = self.with_tiles
         if with_tiles is not None:
@@ -55,20 +58,20 @@ class Encodings:
             with_tiles = (copies[:, None] + with_tiles).flatten()
         return Encodings(
             self.num_cases * times,
-            None if self.tiles is None else repeat_cases(self.tiles, times),
+            None if self.tiles is None else repeat_cases(self.tiles, times, rows),
             with_tiles,
             {name: encoded.repeated(times) for name, encoded in self.modalities.items()},
         )
 
 
-def repeat_cases(tokens: SlideTokens, times: int) -> SlideTokens:
-    """Return `times` copies of packed cases, copy after copy."""
-    rows = int(tokens.offsets[-1])
-    starts = torch.arange(times)[:, None] * rows + tokens.offsets[:-1]
+def repeat_cases(tokens: SlideTokens, times: int, rows: Tensor | None = None) -> SlideTokens:
+    """Return `times` copies of packed cases, copy after copy; `rows` stand for their values."""
+    count = int(tokens.offsets[-1])
+    starts = torch.arange(times)[:, None] * count + tokens.offsets[:-1]
     return replace(
         tokens,
-        x=tokens.x.repeat(times, 1),
-        offsets=torch.cat([starts.flatten(), torch.tensor([times * rows])]),
+        x=tokens.x.repeat(times, 1) if rows is None else rows,
+        offsets=torch.cat([starts.flatten(), torch.tensor([times * count])]),
         grid=None if tokens.grid is None else tokens.grid.repeat(times, 1),
     )
 

@@ -276,9 +276,12 @@ class ModalTune(nn.Module):
         wanted = self._wanted_tasks(tasks)
         encodings: Encodings | None = None
         cut: GradientCut | None = None
+        injected: Tensor | None = None
         done = 0
         for group in self._passes(wanted, batch.tiles.shape[0]):
             encodings = self.encode(batch, encodings)
+            if done == 0:
+                injected = self._inject_first(wanted, encodings)
             given = encodings
             if backward:
                 if cut is None or cut.whole is not encodings.modalities:
@@ -286,13 +289,46 @@ class ModalTune(nn.Module):
                         cut.pull()
                     cut = GradientCut(encodings)
                 given = cut.applied(encodings)
-            yield slice(done, done + len(group)), self._run_pass(group, given)
-            done += len(group)
+            columns = slice(done, done + len(group))
+            rows = None if injected is None else injected[columns].flatten(0, 1)
+            yield columns, self._run_pass(group, given, rows)
+            done = columns.stop
         if cut is not None:
             cut.pull()
 
-    def _run_pass(self, tasks: Sequence[int], encodings: Encodings) -> Tensor:
-        """Run the trunk once for some tasks; return `[B, t, out_features]`."""
+    def _inject_first(self, tasks: Sequence[int], encodings: Encodings) -> Tensor | None:
+        """Return the rows of every task after the first injector, `[T, M, D]`, or None.
+
+        Up to there separate passes share everything but the key of their own task. None where that
+        is no use: one task, a shared trunk, no tiles, or gradients, which one pass at a time needs.
+        """
+        separate = self.config.task_trunk == "separate" and self.task_prompts is not None
+        if not separate or self.training or torch.is_grad_enabled():
+            return None
+        tiles, kept = encodings.tiles, encodings.with_tiles
+        if tiles is None or len(tasks) == 1 or self.task_prompts is None:
+            return None
+        common = {name: span for name, span in self.spans.items() if name != TASK}
+        modal = assemble(encodings, None, common, self.modal_positions, hide_prompts=False)
+        tokens, mask = modal.tokens, modal.key_mask
+        if kept is not None:
+            tokens, mask = tokens[kept], None if mask is None else mask[kept]
+        return self.adapter.interactions()[0].injector.for_tasks(
+            tiles,
+            tokens,
+            modal.positions,
+            self.task_prompts(tasks),
+            self.modal_positions[self.spans[TASK].start],
+            mask,
+        )
+
+    def _run_pass(
+        self, tasks: Sequence[int], encodings: Encodings, injected: Tensor | None = None
+    ) -> Tensor:
+        """Run the trunk once for some tasks; return `[B, t, out_features]`.
+
+        `injected` `[t * M, D]` are the rows of these tasks behind the first injector, if known.
+        """
         shared = self.config.task_trunk == "shared"
         cases, copies = encodings.num_cases, 1 if shared else len(tasks)
         prompts = None if self.task_prompts is None else self.task_prompts(tasks)
@@ -300,7 +336,7 @@ class ModalTune(nn.Module):
             prompts = prompts.expand(cases, -1, -1)
         elif prompts is not None:
             prompts = prompts.repeat_interleave(cases, dim=0).unsqueeze(1)
-        encodings = encodings.repeated(copies)
+        encodings = encodings.repeated(copies, injected)
         modal = assemble(encodings, prompts, self.spans, self.modal_positions, hide_prompts=shared)
         tiles, tokens = self.adapter(
             self.slide_encoder,
@@ -311,6 +347,7 @@ class ModalTune(nn.Module):
             self_mask=modal.self_mask,
             with_tiles=encodings.with_tiles,
             recompute=self.config.recompute,
+            injected=injected is not None,
         )
         slide = self._slide_slot(tiles, encodings.with_tiles, encodings.num_cases)
         out = self._head(slide, modal.with_tokens(tokens))  # [copies B, t or 1, out]

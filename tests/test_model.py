@@ -150,8 +150,8 @@ def test_all_task_prompts_in_one_call_equal_separate_calls() -> None:
         alone, picked = model(batch), model(batch, [2, 0])
         separate = torch.cat([model(batch, [k]) for k in range(3)], dim=1)
     assert together.shape == (2, 3, o["output_dim"])
-    assert torch.equal(alone, separate)
-    assert torch.equal(picked, separate[:, [2, 0]])
+    assert_close(alone, separate, 1e-13)  # the first injector is shared: it rounds otherwise
+    assert_close(picked, separate[:, [2, 0]], 1e-13)
     assert_close(together, separate, 1e-13)
     assert_close(chosen, picked, 1e-13)
     assert not torch.allclose(together[:, 0], together[:, 1])

@@ -256,3 +256,32 @@ def test_settings_change_and_shapes_do_not() -> None:
     model.adjust(trunk_dropout=False)
     assert model.training
     assert not model.slide_encoder.training
+
+
+@pytest.mark.parametrize("packing", ["never", "always"])
+@pytest.mark.parametrize("name", ["published", "cat cls clinical", "late start, gap", "full width"])
+def test_the_first_injector_is_shared_by_separate_passes(
+    name: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = options(**GRID[name])
+    model = build(o, ref.random_state(o, seed=8))
+    model.adjust(task_packing=packing)
+    first = model.adapter.interactions()[0].injector
+    calls = {"forward": 0, "for_tasks": 0}
+    for method in calls:
+        own = getattr(first, method)
+
+        def counted(*args: Any, own: Any = own, method: str = method) -> Any:
+            calls[method] += 1
+            return own(*args)
+
+        monkeypatch.setattr(first, method, counted)
+    batch = ragged_batch(o)
+    with torch.no_grad():
+        together = model(batch)
+        assert calls == {"forward": 0, "for_tasks": 1}
+        alone = torch.cat([model(batch, [k]) for k in range(3)], dim=1)
+    assert calls == {"forward": 3, "for_tasks": 1}
+    assert_close(together, alone, ROUNDING)
+    model(batch)  # each pass has its own graph
+    assert calls == {"forward": 6, "for_tasks": 1}
