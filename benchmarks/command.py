@@ -151,8 +151,9 @@ def _measure(
         cases.append(case)
         new = rows_of(case, plan, roof)
         rows += new
-        for row in new if folder else ():
-            append_row(folder / CSV_NAME, row)
+        if folder is not None:
+            for row in new:
+                append_row(folder / CSV_NAME, row)
     said = roof.source if roof else "unknown"
     console.print(f"{device_name(plan.device)}; roof {said}", highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from modaltune.kernels.roofline import DEVICES, Device
 INK, MUTED, RULE = "#1c2230", "#5b6474", "#d9dce3"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1c2230", "#8c6d31")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,

@@ -97,14 +97,14 @@ def make_extraction(
 
 def _inject_reference(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
     bounds = torch.tensor([0, tensors["x"].shape[0]])
-    return inject_reference(
-        **tensors, **options, offsets=bounds, num_prefix=0, key_mask=None, eps=EPS
-    )
+    given: dict[str, Any] = {**tensors, **options}
+    return inject_reference(**given, offsets=bounds, num_prefix=0, key_mask=None, eps=EPS)
 
 
 def _extract_reference(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
     bounds = torch.tensor([0, tensors["x"].shape[0]])
-    return extract_reference(**tensors, **options, offsets=bounds, num_prefix=0, eps=EPS)
+    given: dict[str, Any] = {**tensors, **options}
+    return extract_reference(**given, offsets=bounds, num_prefix=0, eps=EPS)
 
 
 def _separate_inject(library: Callable[[], Attend], call: Call) -> Run:

@@ -64,9 +64,8 @@ def make_dilated(
 
 def _dilated_reference(tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
     rows, _, dim = tensors["q"].shape
-    return dilated_attention_reference(
-        **tensors, **options, offsets=torch.tensor([0, rows]), scale=dim**-0.5
-    )
+    given: dict[str, Any] = {**tensors, **options}
+    return dilated_attention_reference(**given, offsets=torch.tensor([0, rows]), scale=dim**-0.5)
 
 
 def _dilated_bytes(tiles: int, itemsize: int) -> float:
@@ -93,8 +92,8 @@ def branches(attend: Attend, q: Tensor, k: Tensor, v: Tensor, options: Mapping[s
             t = t.view(n, m, ratio, ratio, group, dim).diagonal(dim1=2, dim2=3)
             return t.permute(0, 1, 4, 2, 3).reshape(n, m, heads, dim)
 
-        parts = (gather(t, w, n, m, ratio, group) for t in (q, k, v))
-        out, lse = attend(*parts, dim**-0.5)
+        q_kept, k_kept, v_kept = (gather(t, w, n, m, ratio, group) for t in (q, k, v))
+        out, lse = attend(q_kept, k_kept, v_kept, dim**-0.5)
         if lse is None:
             raise TypeError("branches need an attention that returns its log-sum-exp")
         full = out.new_zeros(n, m, ratio, ratio, group, dim)
