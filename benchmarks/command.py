@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from modaltune.benchmarks.model_command import model as model_command
 from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
 
 if TYPE_CHECKING:
@@ -177,3 +178,6 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
             if mode in (one, "both"):
                 for size in sizes:
                     yield run_case(spec, one, size, plan)
+
+
+bench_app.command("model")(_reported(model_command))
