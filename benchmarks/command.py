@@ -180,4 +180,4 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
                     yield run_case(spec, one, size, plan)
 
 
-bench_app.command("model")(_reported(model_command))
+bench_app.command("model")(reports_errors(model_command))

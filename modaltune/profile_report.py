@@ -151,8 +151,8 @@ def stage_rows(
     """Return a row per stage: seconds, share, and where known GFLOP, GFLOP/s, share of limit."""
     rows = []
     for row in found.stages:
-        done = work.get(row.stage)
-        counted = done is not None and done.total > 0 and row.seconds > 0
+        done = work.get(row.stage, Work())
+        counted = done.total > 0 and row.seconds > 0
         rows.append(
             {
                 "stage": row.stage,
