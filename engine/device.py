@@ -97,7 +97,8 @@ def device_facts(device: str | torch.device = "cpu") -> DeviceFacts:
 
 def _cuda_facts(index: int) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
-    values, source = _by_pycuda(properties), "pycuda"
+    values: dict[str, int | None] | None = _by_pycuda(properties)
+    source = "pycuda"
     if values is None:
         values = {name: getattr(properties, ours, None) for name, (_, ours) in _ATTRIBUTES.items()}
         source = "torch"
@@ -116,7 +117,7 @@ def _cuda_facts(index: int) -> DeviceFacts:
     )
 
 
-def _by_pycuda(properties: Any) -> dict[str, int] | None:
+def _by_pycuda(properties: Any) -> dict[str, int | None] | None:
     """Return the attributes as the driver has them, or None where PyCUDA can't ask it."""
     if importlib.util.find_spec("pycuda") is None:
         return None

@@ -26,8 +26,9 @@ from modaltune.config import ModalTuneConfig
 from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.engine.store import read_features
 from modaltune.errors import CheckpointError
+from modaltune.modal_stream import TASK
 from modaltune.modalities import Modality
-from modaltune.model import TASK, ModalTune
+from modaltune.model import ModalTune
 from modaltune.preprocessing import Preprocessing
 from modaltune.targets import TextProjector
 

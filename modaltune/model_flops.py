@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modaltune.adapter import BottleneckAttention, Injector, PromptSelfAttention
+from modaltune.adapter import Injector, PromptSelfAttention
+from modaltune.bottleneck import BottleneckAttention
 from modaltune.errors import InputError
 from modaltune.modalities import ClinicalModality, GeneModality
 from modaltune.model import ModalTune
@@ -63,7 +64,7 @@ def count_flops(
         raise InputError(
             f"FLOPs are counted for a LongNet, got {type(encoder).__name__}; profile without them"
         )
-    trunks = 1 if getattr(model.config, "task_trunk", "separate") == "shared" else tasks
+    trunks = 1 if model.config.task_trunk == "shared" else tasks
     found: dict[str, Work] = defaultdict(Work)
     filled = [count for count in tiles if count]
     width, rows = encoder.width, sum(filled)
@@ -123,8 +124,8 @@ def dilated_pairs(config: LongNetConfig, rows: int) -> int:
 def _modality(module: object, width: int) -> Work:
     """Per case."""
     if isinstance(module, ClinicalModality):
-        half = module.linear1.out_features
-        return Work(2.0 * module.in_features * half + 2.0 * half * width)
+        first = module.linear1
+        return Work(2.0 * first.out_features * (first.in_features + width))
     if not isinstance(module, GeneModality):
         return Work()  # somebody's own: unknown, and small beside the trunk
     encoder = module.encoder

@@ -124,13 +124,14 @@ def _measured_roofs() -> Roofs:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 768, generator=generator) for n in (2048, 3072))
     q = torch.randn(2048, 16, 48, generator=generator)
-    one = {"segment_lengths": (2048,), "dilation_ratios": (1,)}
-    heads = q.transpose(0, 1)[None].contiguous()
+    heads, one = q.transpose(0, 1)[None].contiguous(), (q.shape[0],)
     pairs = 4.0 * q.shape[0] * q.numel()
     with torch.inference_mode():
         products = 2.0 * x.numel() * weight.shape[0] / _best(lambda: frozen_linear(x, weight))
         attention = pairs / min(
-            _best(lambda: dilated_attention(q, q, q, **one)),
+            _best(
+                lambda: dilated_attention(q, q, q, segment_lengths=(2048,), dilation_ratios=(1,))
+            ),
             _best(lambda: F.scaled_dot_product_attention(heads, heads, heads)),
         )
     return Roofs(products, attention, "measured in this run")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from modaltune.engine.device import DeviceFacts, device_facts
@@ -137,7 +138,7 @@ def _is_work(event: Any, on_gpu: bool) -> bool:
     """Whether an event is an operator (CPU) or a kernel (GPU), not a label around some."""
     if event.is_user_annotation or event.name.startswith(PREFIX):
         return False
-    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    is_kernel = event.device_type == DeviceType.CUDA
     return is_kernel if on_gpu else not is_kernel
 
 
@@ -155,7 +156,7 @@ def _covered(spans: Iterable[tuple[float, float]], within: tuple[float, float]) 
 def _label(event: Any) -> str | None:
     """Return the stage of a label event."""
     name: str = event.name
-    is_cpu = event.device_type == torch.autograd.DeviceType.CPU
+    is_cpu = event.device_type == DeviceType.CPU
     return name[len(PREFIX) :] if is_cpu and name.startswith(PREFIX) else None
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modaltune.adapter import BottleneckAttention, Extractor, Injector, PromptSelfAttention
+from modaltune.adapter import Extractor, Injector, PromptSelfAttention
+from modaltune.bottleneck import BottleneckAttention
 from modaltune.errors import CheckpointError, WeightsError
 from modaltune.modalities import GeneModality, PathwayEncoder
 from modaltune.model import ModalTune

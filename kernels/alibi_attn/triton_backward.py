@@ -10,8 +10,6 @@ one owns blocks of keys (dk, dv): every output is written by one program, so the
 and the same bits come twice. The other side comes in two loops, as in the forward kernel.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 import triton

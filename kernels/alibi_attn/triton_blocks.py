@@ -5,8 +5,6 @@ two), which together reach the next multiple of 16 above the head width: 48 = 32
 tail the second element repeats the first and is never used.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 import triton

@@ -9,8 +9,6 @@ base 2 on chip (`scale` comes in times log2 e). Keys come in two loops: full blo
 without any mask, then the blocks of prefix rows and the ragged end, masked.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 import triton

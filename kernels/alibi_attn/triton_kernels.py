@@ -3,8 +3,6 @@
 The kernels stand in triton_forward.py and triton_backward.py, with their formulas.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Gated attention pooling on the GPU: gates, scores and pooling in one pass over the tiles.
 
     v = V x_l + bV   u = U x_l + bU   h_l = tanh(v) * sigmoid(u)   a_lc = s_c . h_l + bs_c

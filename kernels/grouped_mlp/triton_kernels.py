@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The pathway networks on the GPU: a pathway from genes to tokens in one program.
 
     z1_b = sum_m x_b[gene_m] W1_m + b1    h1 = ELU(z1)    k1 = drop(h1)

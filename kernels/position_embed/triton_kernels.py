@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Patch embedding epilogue on the GPU: one read of the tiles, one write of the sequence.
 
     out = [cls; x_1 + p_1; x_2 + p_2; ...] per case

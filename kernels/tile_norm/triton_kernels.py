@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels of tile normalisation: one pass over uint8 tiles, in the layout asked for.
 
     y[n, c, i, j] = a_c (x[n, i + top, j + left, c] - m_c)                         crop
