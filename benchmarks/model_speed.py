@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from modaltune.benchmarks.harness import commit_id, cpu_model, timestamp
-from modaltune.benchmarks.machine_limits import Rates
 from modaltune.benchmarks.model_sides import Workload
 from modaltune.benchmarks.model_worker import Worker
 from modaltune.engine.errors import InputError
+from modaltune.machine_limits import Rates
 from modaltune.published_size import MEMBERSHIPS, PATHWAYS
 
 CSV_NAME = "model_speed.csv"

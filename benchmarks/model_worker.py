@@ -134,7 +134,7 @@ def _resident(name: str) -> int:
 def _rates(side: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from modaltune.benchmarks.machine_limits import measure_rates
+    from modaltune.machine_limits import measure_rates
 
     return asdict(measure_rates(training=side.work.mode == "train"))
 

@@ -99,13 +99,13 @@ def profile(
     found = report.profile_model(
         model, tiles, training=training, device=device, trace=out / "trace.json"
     )
-    limits = report.roofs(found.device)
-    rows = report.stage_rows(found, report.stage_work(model, tiles, training=training), limits)
+    limit = report.limit_of(found.device, training=training)
+    rows = report.stage_rows(found, report.stage_work(model, tiles, training=training), limit)
     about = {"mode": mode, "tiles": tiles, "tasks": tasks}
     result = {
         **about,
         **found.to_dict(),
-        "limits": None if limits is None else asdict(limits),
+        "limit": None if limit is None else asdict(limit),
         "stages": rows,
     }
     write_json_atomic(out / "profile.json", result)
@@ -116,8 +116,8 @@ def profile(
         return
     out_console.print(report.stage_table(rows, title))
     out_console.print(report.operator_table(found, TOP))
-    limit = "unknown for this device" if limits is None else limits.describe()
-    out_console.print(f"idle {found.idle_share:.1%}; limit: {limit}", highlight=False)
+    known = "unknown for this device" if limit is None else limit.describe()
+    out_console.print(f"idle {found.idle_share:.1%}; limit: {known}", highlight=False)
     for name in ("trace.json", "profile.json", "stages.png"):
         out_console.print(f"wrote {out / name}", highlight=False, soft_wrap=True)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from rich.table import Table
 from modaltune.engine.atomic import atomic_path
 from modaltune.engine.device import DeviceFacts
 from modaltune.errors import InputError
-from modaltune.kernels import dilated_attention, frozen_linear
 from modaltune.kernels.roofline import DEVICES
+from modaltune.machine_limits import Rates, measure_rates
 from modaltune.model import ModalTune
 from modaltune.model_flops import Work, count_flops
 from modaltune.plots import BLUE, INK, MUTED, RULE, SKY
@@ -29,29 +28,27 @@ BACKWARD = " (backward)"
 
 
 @dataclass(frozen=True)
-class Roofs:
-    """What the device can do at best.
+class Limit:
+    """What the device can do at best, and who says so."""
 
-    Attributes:
-        products: FLOP/s of matrix products.
-        attention: FLOP/s of fused attention.
-        source: Where the figures come from: measured in this run, or a data sheet.
-    """
-
-    products: float
-    attention: float
+    rates: Rates
     source: str
 
     def describe(self) -> str:
         """Return one line for the screen."""
         return (
-            f"{self.products / 1e9:,.0f} GFLOP/s in products, {self.attention / 1e9:,.0f} in "
-            f"attention ({self.source})"
+            f"{self.rates.products / 1e9:,.0f} GFLOP/s in products, "
+            f"{self.rates.attention / 1e9:,.0f} in attention ({self.source})"
         )
 
-    def seconds(self, work: Work) -> float:
-        """Return the least time that some work takes."""
-        return work.products / self.products + work.attention / self.attention
+    def seconds(self, work: Work, stage: str) -> float:
+        """Return the least time that the work of a stage takes."""
+        if not stage.endswith(BACKWARD):
+            return self.rates.seconds(work.products, work.attention, training=False)
+        # `attention_training` is of forward and backward together, 3 parts of work, 2 of them here.
+        both = 1.5 * work.attention / self.rates.attention_training
+        forward = 0.5 * work.attention / self.rates.attention
+        return work.products / self.rates.products + max(both - forward, 0.0)
 
 
 def profile_model(
@@ -108,46 +105,19 @@ def stage_work(model: ModalTune, tiles: int, *, training: bool) -> dict[str, Wor
     }
 
 
-def roofs(facts: DeviceFacts) -> Roofs | None:
-    """Return the limits of a device: measured now on a CPU, of the data sheet on a known GPU."""
+def limit_of(facts: DeviceFacts, *, training: bool) -> Limit | None:
+    """Return the limit of a device: measured now on a CPU, of the data sheet on a known GPU."""
     if facts.kind == "cpu":
-        return _measured_roofs()
+        return Limit(measure_rates(rounds=7, training=training), "measured in this run")
     for device in DEVICES.values():
         if device.name in facts.name:
-            rate = device.half_flops
-            return Roofs(rate, rate, f"data sheet of {device.name}, 16-bit products")
+            rates = Rates(*[device.half_flops] * 3)
+            return Limit(rates, f"data sheet of {device.name}, 16-bit products")
     return None
 
 
-def _measured_roofs() -> Roofs:
-    """Time products and attention of the model's shapes, the best of a few runs each."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 768, generator=generator) for n in (2048, 3072))
-    q = torch.randn(2048, 16, 48, generator=generator)
-    heads, one = q.transpose(0, 1)[None].contiguous(), (q.shape[0],)
-    pairs = 4.0 * q.shape[0] * q.numel()
-    with torch.inference_mode():
-        products = 2.0 * x.numel() * weight.shape[0] / _best(lambda: frozen_linear(x, weight))
-        attention = pairs / min(
-            _best(
-                lambda: dilated_attention(q, q, q, segment_lengths=(2048,), dilation_ratios=(1,))
-            ),
-            _best(lambda: F.scaled_dot_product_attention(heads, heads, heads)),
-        )
-    return Roofs(products, attention, "measured in this run")
-
-
-def _best(run: Callable[[], object], repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def stage_rows(
-    found: Profile, work: Mapping[str, Work], limits: Roofs | None
+    found: Profile, work: Mapping[str, Work], limit: Limit | None
 ) -> list[dict[str, Any]]:
     """Return a row per stage: seconds, share, and where known GFLOP, GFLOP/s, share of limit."""
     rows = []
@@ -162,7 +132,9 @@ def stage_rows(
                 "share": row.share,
                 "gflop": done.total / 1e9 if counted else None,
                 "gflops": done.total / 1e9 / row.seconds if counted else None,
-                "of_limit": limits.seconds(done) / row.seconds if counted and limits else None,
+                "of_limit": (
+                    limit.seconds(done, row.stage) / row.seconds if counted and limit else None
+                ),
             }
         )
     return rows

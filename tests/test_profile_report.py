@@ -17,14 +17,15 @@ from modaltune.checkpoint import Run, save_run
 from modaltune.cli import app
 from modaltune.config import ModalTuneConfig
 from modaltune.engine.device import DeviceFacts, device_facts
+from modaltune.machine_limits import Rates
 from modaltune.model import ModalTune
 from modaltune.model_flops import Work, count_flops
 from modaltune.preprocessing import Preprocessing, TileRecipe
 from modaltune.profile_report import (
-    Roofs,
+    Limit,
+    limit_of,
     operator_table,
     profile_model,
-    roofs,
     stage_picture,
     stage_rows,
     stage_table,
@@ -85,26 +86,29 @@ def test_work_of_another_encoder_is_unknown() -> None:
 
 
 def test_limits_are_measured_on_a_cpu_and_looked_up_for_a_gpu() -> None:
-    here = roofs(device_facts("cpu"))
+    here = limit_of(device_facts("cpu"), training=True)
     assert here is not None
     assert here.source == "measured in this run"
-    assert min(here.products, here.attention) > 1e9
+    rates = here.rates
+    assert min(rates.products, rates.attention, rates.attention_training) > 1e9
     gpu = DeviceFacts("NVIDIA H100 80GB HBM3", "cuda", "torch", 90, 132, *[None] * 5)  # type: ignore[arg-type]
-    known = roofs(gpu)
+    known = limit_of(gpu, training=False)
     assert known is not None
-    assert known.products == pytest.approx(989.4e12)
-    assert roofs(replace(gpu, name="NVIDIA T4")) is None
+    assert known.rates.products == pytest.approx(989.4e12)
+    assert limit_of(replace(gpu, name="NVIDIA T4"), training=False) is None
 
 
 def test_rows_table_and_picture(tmp_path: Path) -> None:
     stages = (StageTime("ffn", 2, 2.0, 0.5), StageTime("other", 1, 1.0, 0.25))
     found = Profile(4.0, 0.25, stages, (), device_facts("cpu"))
-    limits = Roofs(products=2e9, attention=1e9, source="told")
-    rows = stage_rows(found, {"ffn": Work(products=2e9, attention=0.5e9)}, limits)
+    limit = Limit(Rates(products=2e9, attention=1e9, attention_training=0.6e9), "told")
+    rows = stage_rows(found, {"ffn": Work(products=2e9, attention=0.5e9)}, limit)
     assert rows[0]["gflops"] == pytest.approx(1.25)
     assert rows[0]["of_limit"] == pytest.approx(0.75)  # 1.0 s of products and 0.5 s of attention
     assert rows[1]["gflop"] is rows[1]["of_limit"] is None
     assert "75%" in text_of(stage_table(rows, "title"))
+    # 3e9 of attention there and back at 0.6e9 take 5 s, 1 s of it forward: 4 s for the 2e9 back.
+    assert limit.seconds(Work(0, 2e9), "ffn (backward)") == pytest.approx(4.0)
     assert stage_rows(found, {"ffn": Work(1e9)}, None)[0]["of_limit"] is None
     stage_picture(rows, "title", tmp_path / "stages.png")
     with Image.open(tmp_path / "stages.png") as picture:
