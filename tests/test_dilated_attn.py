@@ -379,6 +379,7 @@ def _valid() -> dict[str, object]:
     [
         ({"q": torch.zeros(9, 3, 8).long()}, TypeError, "q must be a floating point tensor, got"),
         ({"q": torch.zeros(9, 24)}, ValueError, r"q must have shape \[\*, \*, \*\], got \[9, 24\]"),
+        ({"q": torch.zeros(9, 0, 8)}, ValueError, "q must have at least one head and one column"),
         ({"k": torch.zeros(8, 3, 8)}, ValueError, r"k must have shape \[9, 3, 8\], got \[8, 3, 8"),
         ({"v": torch.zeros(9, 3, 4)}, ValueError, r"v must have shape \[9, 3, 8\]"),
         ({"v": torch.zeros(9, 3, 8)}, ValueError, "v must have the dtype and device of q"),

@@ -92,6 +92,10 @@ def dilated_attention(
     """
     check_float("q", q)
     check_shape("q", q, (None, None, None))
+    require(
+        q.shape[1] > 0 and q.shape[2] > 0,
+        f"q must have at least one head and one column, got {list(q.shape)}",
+    )
     mixed = torch.is_autocast_enabled(q.device.type)
     for name, tensor in (("k", k), ("v", v)):
         check_shape(name, tensor, tuple(q.shape))

@@ -159,10 +159,9 @@ def _forward(
     top = None if _is_safe(q, k, scale) else torch.full_like(lse, _LOWEST)
     for piece in pieces:
         for chunk in chunks(piece):
-            here = [chunk.view(t) for t in (q, k, v)]
-            sums = _Sums(
-                chunk.view(acc), chunk.view(total), None if top is None else chunk.view(top)
-            )
+            here = (chunk.view(q), chunk.view(k), chunk.view(v))
+            our_top = None if top is None else chunk.view(top)
+            sums = _Sums(chunk.view(acc), chunk.view(total), our_top)
             if piece.is_lone:
                 _attend_alone(scale, *here, sums)
             else:
@@ -194,14 +193,13 @@ def dilated_attn_cpu_fwd(
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
-    tensors = (q, k, v, out, lse.t().unsqueeze(-1))
+    rows_lse = lse.t().unsqueeze(-1)  # [N, H, 1]
     count = len(branches[0])
-    run_tasks(
-        [
-            partial(_forward, *(t[at] for t in tensors), pieces, count, scale * _LOG2E)
-            for at, pieces in tasks(offsets, q.shape[1], branches)
-        ]
-    )
+    work = []
+    for at, pieces in tasks(offsets, q.shape[1], branches):
+        here = (q[at], k[at], v[at], out[at], rows_lse[at])
+        work.append(partial(_forward, *here, pieces, count, scale * _LOG2E))
+    run_tasks(work)
     return out, lse
 
 

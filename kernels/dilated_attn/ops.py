@@ -92,10 +92,9 @@ def _forward(
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows, heads, _ = q.shape
     return (
         q.new_empty(q.shape),
-        q.new_empty(heads, rows, dtype=accumulation_dtype(q.dtype)),
+        q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype)),
     )
 
 

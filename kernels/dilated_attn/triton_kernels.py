@@ -338,7 +338,7 @@ def _spec(kernel: str, capability: int, dtype: str, head_dim: int) -> CompileSpe
     chosen = dict(shipped(OP)[_variant(kernel, dtype, head_dim)][str(capability)])
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     rows = block_layout(16, *_PUBLISHED, chosen["BLOCK_M"])[1]
-    constexprs = {**chosen, **_widths(head_dim), "ROWS": rows}
+    constexprs: dict[str, Any] = {**chosen, **_widths(head_dim), "ROWS": rows}
     constexprs |= {"UPCAST": False, "PRECISION": _precision(dtype)}
     if kernel != _KERNELS[0]:
         constexprs["SHIFT"] = _FP16_SHIFT if dtype == "fp16" else 0
