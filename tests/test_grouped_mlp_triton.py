@@ -166,10 +166,14 @@ def test_cases_and_pathways_do_not_see_each_other() -> None:
     assert got["out"][7].isnan().all()
     assert torch.equal(got["out"][others], want["out"][others])
     assert torch.equal(got["grad expression"][others], want["grad expression"][others])
-    inputs["bias1"][1] = math.nan
+    inputs["weight1"][1:18] = math.nan  # pathway 1
     out = pathway_mlp(**inputs, **how)[others]
     assert torch.equal(out[:, [0, 2]], want["out"][others][:, [0, 2]])
     assert out[:, 1].isnan().all()
+    inputs["expression"][:, 0] = math.nan  # pathway 0 alone lists gene 0
+    out = pathway_mlp(**inputs, **how)[others]
+    assert torch.equal(out[:, 2], want["out"][others][:, 2])
+    assert out[:, 0].isnan().all()
 
 
 def test_frozen_inputs_cost_nothing() -> None:

@@ -82,12 +82,13 @@ def _check_device(x: Tensor) -> None:
 def _forward(*arguments: Any) -> Tensor:
     *tensors, offsets, dropout_p, seed, impl = arguments
     bounds = check_members(tensors[1], offsets, tensors[0].shape[1])
+    given = [*tensors, bounds, dropout_p, seed]
     if impl == "cpu":
-        return pathway_mlp_cpu_fwd(*tensors, bounds, dropout_p, seed)
+        return pathway_mlp_cpu_fwd(*given)
     _check_device(tensors[0])
     from modaltune.kernels.grouped_mlp.triton_kernels import launch_pathway_mlp_fwd
 
-    return launch_pathway_mlp_fwd(*tensors, bounds, dropout_p, seed)
+    return launch_pathway_mlp_fwd(*given)
 
 
 def _forward_fake(expression: Tensor, _gene_index: Tensor, *rest: Any) -> Tensor:
@@ -98,12 +99,13 @@ def _forward_fake(expression: Tensor, _gene_index: Tensor, *rest: Any) -> Tensor
 def _backward(*arguments: Any) -> list[Tensor]:
     grad_out, *tensors, offsets, dropout_p, seed, needs, impl = arguments
     bounds = check_members(tensors[1], offsets, tensors[0].shape[1])
+    given = [grad_out, *tensors, bounds, dropout_p, seed, needs]
     if impl == "cpu":
-        return pathway_mlp_cpu_bwd(grad_out, *tensors, bounds, dropout_p, seed, needs)
+        return pathway_mlp_cpu_bwd(*given)
     _check_device(grad_out)
     from modaltune.kernels.grouped_mlp.triton_kernels import launch_pathway_mlp_bwd
 
-    return launch_pathway_mlp_bwd(grad_out, *tensors, bounds, dropout_p, seed, needs)
+    return launch_pathway_mlp_bwd(*given)
 
 
 def _backward_fake(_grad_out: Tensor, *rest: Any) -> list[Tensor]:

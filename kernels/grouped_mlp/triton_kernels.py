@@ -475,8 +475,11 @@ def _by_gene(given: dict[str, Any], gene_index: Tensor, empty: Allocate) -> Tens
 
 
 # Each stands for one variant of the blocks, and together for all flags: dtype, cases, dropout.
-_SHIPPED = (("fp16", torch.float16, 1, False), ("bf16", torch.bfloat16, 32, True))
-_SHIPPED = (*_SHIPPED, ("fp32", torch.float32, 1, True))
+_SHIPPED = (
+    ("fp16", torch.float16, 1, False),
+    ("bf16", torch.bfloat16, 32, True),
+    ("fp32", torch.float32, 1, True),
+)
 _WIDTH = 256
 _LISTS = ("pathway_ptr", "member_ptr", "first_ptr")
 
@@ -490,15 +493,13 @@ def compile_specs(capability: int) -> list[CompileSpec]:
             chosen = shipped(OP)[kernel.__name__ + _variant(dtype, cases)][str(capability)]
             chosen = _fit(dict(chosen), _WIDTH) | flags
             chosen |= {"D": _WIDTH, "HAS_DROPOUT": has_dropout, "UPCAST": False}
-            specs.append(_spec(kernel, capability, name, chosen, cases == 1))
+            specs.append(_spec(kernel, capability, name, chosen))
     chosen = dict(shipped(OP)[pathway_mlp_bwd_gene_kernel.__name__][str(capability)])
-    specs.append(_spec(pathway_mlp_bwd_gene_kernel, capability, "fp32", chosen, False))
+    specs.append(_spec(pathway_mlp_bwd_gene_kernel, capability, "fp32", chosen))
     return specs
 
 
-def _spec(
-    kernel: Any, capability: int, dtype: str, chosen: dict[str, Any], is_single: bool
-) -> CompileSpec:
+def _spec(kernel: Any, capability: int, dtype: str, chosen: dict[str, Any]) -> CompileSpec:
     signature = dict.fromkeys(kernel.arg_names, "i32")
     for name in kernel.arg_names:
         if name.isupper():
