@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from modaltune.benchmarks.model_command import model as model_command
+
 if TYPE_CHECKING:
     from modaltune.benchmarks.kernel_runs import Case, Plan
     from modaltune.benchmarks.kernel_spec import OpSpec
@@ -194,3 +196,6 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
             if mode in (one, "both"):
                 for size in sizes:
                     yield run_case(spec, one, size, plan)
+
+
+bench_app.command("model")(_reported(model_command))

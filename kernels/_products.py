@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from modaltune.kernels import _checks  # noqa: F401  (the import guard)
+from modaltune.kernels._allocator import keep_freed_memory
 
 MEMORY_VARIABLE = "MODALTUNE_PACKED_MIB"
 DEFAULT_PACKED_MIB = 1024  # both layouts of the published slide encoder are 650 MiB
@@ -212,6 +212,7 @@ def run_with(
 def _library_for(x: Tensor, *others: Tensor | None) -> str:
     if x.shape[0] < MIN_ROWS:
         return "torch"
+    keep_freed_memory()
     for tensor in (x, *others):
         if tensor is not None and (
             tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.is_mkldnn
