@@ -142,12 +142,20 @@ class MemoryPlan:
         """Return the predicted peak of a fresh process (of the device, on a GPU) in MiB."""
         fixed = self.process[setting.mode] + self.weights + self.inputs + self._packed(setting)
         if setting.mode == "forward":
-            return (fixed + self._forward()) / 2**20
+            return (fixed + self.activations(setting)) / 2**20
         fixed += 2 * self.tuned  # both moments of AdamW
-        several = setting.task_backward == "sequential" and setting.passes(self.tasks) > 1
-        backward = self._train(setting) + several * self.tuned
         step = self.tuned + 2 * self.largest  # gradients, and two tensors of the update
-        return (fixed + max(backward, step)) / 2**20
+        return (fixed + max(self.activations(setting), step)) / 2**20
+
+    def activations(self, setting: Setting) -> float:
+        """Return the most bytes at once beside weights, inputs and the optimiser's moments.
+
+        The gradients that earlier passes of a training step left behind are part of it.
+        """
+        if setting.mode == "forward":
+            return self._forward()
+        several = setting.task_backward == "sequential" and setting.passes(self.tasks) > 1
+        return self._train(setting) + several * self.tuned
 
     def _packed(self, setting: Setting) -> float:
         """Return the bytes of reordered copies of frozen weights, as far as they are kept."""
