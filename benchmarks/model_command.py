@@ -67,6 +67,12 @@ def _render(found: dict[str, Any]) -> None:
         text(found["rival_s"], "s"),
         f"{found['ratio']:.2f} x",
     )
+    table.add_row(
+        "processor time",
+        text(found["ours_cpu_s"], "s"),
+        text(found["rival_cpu_s"], "s"),
+        f"{found['cpu_ratio']:.2f} x",
+    )
     share = found["memory_share"]
     table.add_row(
         "peak memory",

@@ -9,6 +9,7 @@ attention that any library showed in this very run.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,11 +37,13 @@ _RIVAL_ROWS = 40 * 12
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run of the benchmark found; seconds are medians of the rounds."""
+    """What one run of the benchmark found: seconds of each round, CPU seconds of all threads."""
 
     work: Workload
     ours_s: Sequence[float]
     rival_s: Sequence[float]
+    ours_cpu_s: Sequence[float]
+    rival_cpu_s: Sequence[float]
     ours_peak: int | None
     rival_peak: int | None
     parts: Mapping[str, float]
@@ -65,6 +68,7 @@ class Measured:
             "ours_s": round(ours, 4),
             "rival_s": round(rival, 4),
             "ratio": round(rival / ours, 3),
+            **self._cpu(),
             "slides_per_h": round(3600 / ours, 1),
             "ours_peak_mib": _mib(self.ours_peak),
             "rival_peak_mib": _mib(self.rival_peak),
@@ -92,6 +96,16 @@ class Measured:
             "commit": commit_id(),
             "time": timestamp(),
             "bars": self._bars(rival / ours, share),
+        }
+
+    def _cpu(self) -> dict[str, float]:
+        """Return processor time: what a busy machine, whose cores are shared, leaves comparable."""
+        ours, rival = statistics.median(self.ours_cpu_s), statistics.median(self.rival_cpu_s)
+        return {
+            "ours_cpu_s": round(ours, 4),
+            "rival_cpu_s": round(rival, 4),
+            "cpu_ratio": round(rival / ours, 3),
+            "load_average": round(os.getloadavg()[0], 1),
         }
 
     def _attention_rate(self) -> float:
@@ -137,18 +151,20 @@ def measure(work: Workload, rounds: int) -> Measured:
             worker.ask("warm")
         errors = _compare(ours, rival, work)
         # The first whole run of a process pays for its pages; the comparison was that run.
-        times: dict[str, list[float]] = {"ours": [], "literal": []}
+        times: dict[str, list[dict[str, float]]] = {"ours": [], "literal": []}
         rates = Rates()
         for _ in range(rounds):
             rates = rates.better(Rates(**ours.ask("rates")))
             for worker in workers:
-                times[worker.side].append(worker.ask("time")["seconds"])
+                times[worker.side].append(worker.ask("time"))
         rates = rates.better(Rates(**ours.ask("rates")))
         peaks = [worker.ask("peak")["bytes"] for worker in workers]
         return Measured(
             work=work,
-            ours_s=times["ours"],
-            rival_s=times["literal"],
+            ours_s=[one["seconds"] for one in times["ours"]],
+            rival_s=[one["seconds"] for one in times["literal"]],
+            ours_cpu_s=[one["cpu_seconds"] for one in times["ours"]],
+            rival_cpu_s=[one["cpu_seconds"] for one in times["literal"]],
             ours_peak=peaks[0],
             rival_peak=peaks[1],
             parts=ours.ask("profile"),

@@ -89,9 +89,12 @@ def _warm(side: Any) -> dict[str, Any]:
 
 
 def _time(side: Any) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     side.run()
-    return {"seconds": time.perf_counter() - started}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+    }
 
 
 def _answers(side: Any, path: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from modaltune.kernels._products import product, product_back
 
 # Fewer rows make the products slower (their weights are read once a block), more leave the cache.
 BLOCK_ROWS = 1024
-BLOCK_ROWS_BACK = 512  # three wide tensors are alive at once
 
 _norm = torch.ops.aten.native_layer_norm
 _norm_back = torch.ops.aten.native_layer_norm_backward
@@ -68,7 +67,7 @@ def frozen_ffn_cpu_bwd(
 ) -> Tensor:
     """Return the gradient `[N, D]` of x."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    step = BLOCK_ROWS_BACK
+    step = BLOCK_ROWS
     for rows, pulled, into in zip(x.split(step), grad.split(step), out.split(step), strict=True):
         shape, wide_shape = rows.shape[-1:], weight1.shape[:1]
         normed, mean, scale = _norm(rows, shape, norm_weight, norm_bias, eps)
