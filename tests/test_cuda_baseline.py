@@ -108,12 +108,11 @@ def test_inject_is_right(library: ctypes.CDLL, rows: int) -> None:
     _assert_right(spec, call, guarded[:rows])
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("count", [1, 200])  # one task, and two for some threads
-def test_extract_is_right(library: ctypes.CDLL, rows: int, count: int) -> None:
+def _extract(library: ctypes.CDLL, rows: int, count: int, scale: float) -> None:
     spec = _spec("extraction")
     sizes = {"width": 64, "inner": 32, "heads": 2, "tokens": count}
     call = spec.make(rows, torch.device("cpu"), FLOAT, **sizes)
+    call.tensors["queries"].mul_(scale)
     names = ("queries", "x", "norm_weight", "norm_bias", "kv_weight", "kv_bias")
     spans = -(-rows // 64)
     partial = torch.full((spans, 2, count, 18), torch.nan)
@@ -127,6 +126,16 @@ def test_extract_is_right(library: ctypes.CDLL, rows: int, count: int) -> None:
         ctypes.c_float(cuda_baseline.EPS),
     )
     _assert_right(spec, call, y)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("count", [1, 200])  # one task, and two for some threads
+def test_extract_is_right(library: ctypes.CDLL, rows: int, count: int) -> None:
+    _extract(library, rows, count, 1.0)
+
+
+def test_extract_does_not_overflow(library: ctypes.CDLL) -> None:
+    _extract(library, 150, 3, 200.0)  # scores of hundreds: e^88 is the largest of float32
 
 
 @pytest.mark.parametrize("name", ["inject", "extract"])

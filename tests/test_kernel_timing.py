@@ -67,6 +67,19 @@ def test_peak_is_what_a_call_needs_for_itself() -> None:
     assert free_bytes(CPU) > 100 * MIB
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_that_the_allocator_kept_is_counted_again() -> None:
+    pinned = []  # small blocks above the large ones keep the heap from shrinking by itself
+
+    def run() -> Any:
+        blocks = [torch.ones(MIB // 8) for _ in range(256)]
+        pinned.append(torch.ones(1000))
+        return float(sum(block[0] for block in blocks))
+
+    for _ in range(4):
+        assert peak_bytes(lambda: run, CPU) > 110 * MIB
+
+
 def test_roof_of_a_cpu_is_measured() -> None:
     roof = roof_of(CPU, torch.float32)
     assert roof is not None

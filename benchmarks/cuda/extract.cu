@@ -55,9 +55,8 @@ __device__ void extract_span(const T* queries, const T* x, const T* norm_weight,
   }
   const int end = min(rows, static_cast<int>(blockIdx.x + 1) * SPAN);
   for (int first = blockIdx.x * SPAN; first < end; first += ROWS) {
-    __syncthreads();  // keys and values of the rows before have been read
     row_statistics(x, first, rows, WIDTH, eps, mean, rstd);
-    __syncthreads();
+    __syncthreads();  // and keys and values of the rows before have been read
     auto normed = [&](int r, int c) {
       if (first + r >= rows) return 0.0f;
       const float v = to_float(x[static_cast<size_t>(first + r) * WIDTH + c]);
