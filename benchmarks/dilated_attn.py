@@ -228,8 +228,7 @@ def is_met(row: Mapping[str, object]) -> bool:
     The output itself, a quarter of q, k, v and output, is no extra memory.
     """
     tiles, qkvo, extra, ratio = (
-        float(str(row[name]))
-        for name in ("tiles", "qkvo_mib", "ours_extra_mib", "ratio_of_minima")
+        float(str(row[name])) for name in ("tiles", "qkvo_mib", "ours_extra_mib", "ratio_of_minima")
     )
     small = extra - qkvo / 4 <= MEMORY_BAR * qkvo
     return ratio >= SPEED_BAR and (small or tiles < MEMORY_BAR_TILES)

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modaltune.benchmarks.harness import commit_id, cpu_model, timestamp
+from modaltune.benchmarks.kernel_timing import free_bytes
 from modaltune.benchmarks.model_sides import Workload
 from modaltune.benchmarks.model_worker import Worker
 from modaltune.engine.errors import InputError
@@ -186,21 +189,12 @@ def _check(work: Workload, rounds: int) -> None:
     if work.mode == "forward" or work.size == "small":
         return
     needed = work.tiles * work.tasks * _RIVAL_ROWS * _BYTES_PER_ROW
-    free = _free_bytes()
+    free = free_bytes(torch.device("cpu"))
     if needed > free:
         raise InputError(
             f"the rival must find about {needed / 2**30:.0f} GiB for a training step, got "
             f"{free / 2**30:.0f} GiB free; take fewer --tiles"
         )
-
-
-def _free_bytes() -> float:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    return float("inf")
 
 
 def _compare(ours: Worker, rival: Worker, work: Workload) -> dict[str, float]:
@@ -228,8 +222,6 @@ def compare_answers(
     Raises:
         RuntimeError: One of them is beyond its limit, or a gradient is missing on a side.
     """
-    import torch
-
     from modaltune.golden import relative_error
 
     if set(ours) != set(rival):

@@ -20,6 +20,7 @@ _LAZY = {
     "gated_pool": "gated_pooling",
     "inject": "injection",
     "inject_tasks": "injection",
+    "known_product_choice": "frozen_product",
     "normalize_tiles": "tile_norm",
     "packed_bytes": "frozen_product",
     "pathway_mlp": "grouped_mlp",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from modaltune.kernels.frozen_feedforward.api import frozen_ffn as frozen_ffn
     from modaltune.kernels.frozen_product.api import frozen_linear as frozen_linear
     from modaltune.kernels.frozen_product.api import frozen_qkv as frozen_qkv
+    from modaltune.kernels.frozen_product.api import known_product_choice as known_product_choice
     from modaltune.kernels.frozen_product.api import packed_bytes as packed_bytes
     from modaltune.kernels.frozen_product.api import pin_products as pin_products
     from modaltune.kernels.frozen_product.api import product_choice as product_choice

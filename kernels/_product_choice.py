@@ -93,13 +93,30 @@ def product_choice() -> ProductChoice:
     Raises:
         ValueError: `MODALTUNE_PRODUCTS` names no library of this installation.
     """
+    if (wanted := _wanted()) is not None:
+        return wanted
+    with _lock:  # threads that arrive together must not measure each other
+        return _measured(torch.get_num_threads())
+
+
+def known_product_choice() -> ProductChoice | None:
+    """Return the library in use, or None if the first product will have to measure it.
+
+    Raises:
+        ValueError: `MODALTUNE_PRODUCTS` names no library of this installation.
+    """
+    if (wanted := _wanted()) is not None:
+        return wanted
+    machine = _machine(torch.get_num_threads())
+    return product_choice() if _read(cache_file(machine), machine) else None
+
+
+def _wanted() -> ProductChoice | None:
+    """Return what a call or the environment asks for."""
     if _pinned is not None:
         return ProductChoice(_pinned, "pinned", {})
     wanted = os.environ.get(VARIABLE, "auto")
-    if wanted not in ("", "auto"):
-        return _named(wanted)
-    with _lock:  # threads that arrive together must not measure each other
-        return _measured(torch.get_num_threads())
+    return None if wanted in ("", "auto") else _named(wanted)
 
 
 @cache

@@ -215,10 +215,10 @@ def check_devices(torch: Findings) -> list[Check]:
         detail = f"no device is visible ({why}{tail}); everything runs on the CPU, slower"
         checks.append(Check(group, "CUDA", "WARN", detail))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get("threads")
-    detail = f"{platform.machine()}, {cores} cores usable" + (
-        f", torch uses {threads} threads" if threads else ""
-    )
+    detail = f"{platform.machine()}, {cores} cores usable"
+    if threads := torch.get("threads"):
+        products = torch.get("products") or "whom the first one measures"
+        detail += f", torch uses {threads} threads; float32 products by {products}"
     checks.append(Check(group, "CPU", "PASS", detail))
     memory = _memory_gib()
     checks.append(

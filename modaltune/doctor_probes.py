@@ -87,8 +87,10 @@ def main(names: Sequence[str]) -> None:
 
 
 def _probe_torch() -> Findings:
-    """Multiply two matrices and list the devices that torch sees."""
+    """Multiply two matrices, list the devices, and say whose products the CPU path takes."""
     import torch
+
+    from modaltune.kernels import known_product_choice
 
     product = torch.ones(8, 8) @ torch.ones(8, 8)
     if not bool((product == 8).all()):
@@ -103,9 +105,11 @@ def _probe_torch() -> Findings:
                 "memory_gib": gpu.total_memory / 2**30,
             }
         )
+    products = known_product_choice()  # measuring it may take longer than a probe has
     return {
         "version": str(torch.__version__),
         "threads": torch.get_num_threads(),
+        "products": None if products is None else products.describe(),
         "cuda_build": torch.version.cuda,
         "devices": devices,
     }

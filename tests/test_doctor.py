@@ -165,6 +165,11 @@ def test_devices_with_and_without_gpu() -> None:
     none = _named(doctor.check_devices({"devices": [], "cuda_build": "13.0"}), "CUDA")
     assert none.status == "WARN"
     assert "torch is built for CUDA 13.0" in none.detail
+    found = {"devices": [], "threads": 4, "products": "onednn (pinned)"}
+    cpu = _named(doctor.check_devices(found), "CPU")
+    assert "uses 4 threads; float32 products by onednn (pinned)" in cpu.detail
+    unknown = _named(doctor.check_devices({"devices": [], "threads": 4}), "CPU")
+    assert "whom the first one measures" in unknown.detail
 
 
 def test_kernels_are_read_off_their_folders(

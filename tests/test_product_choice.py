@@ -15,6 +15,7 @@ from torch import Tensor
 from modaltune.kernels import _product_choice as choosing
 from modaltune.kernels._product_choice import (
     cache_file,
+    known_product_choice,
     measure_products,
     pin_products,
     product_choice,
@@ -78,6 +79,22 @@ def test_a_file_that_does_not_fit_is_measured_again(
     choosing.forget_choice()
     assert product_choice().why == "measured"
     assert json.loads(file.read_text()) == good
+
+
+def test_the_choice_is_known_without_measuring_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choosing, "measure_products", lambda: dict(RATES))
+    assert known_product_choice() is None
+    product_choice()
+    choosing.forget_choice()
+    known = known_product_choice()
+    assert known is not None
+    assert (known.library, known.why) == ("torch", "cached")
+    pin_products("numpy")
+    pinned = known_product_choice()
+    assert pinned is not None
+    assert pinned.describe() == "numpy (pinned)"
 
 
 def test_another_environment_or_thread_count_has_another_file(

@@ -8,6 +8,7 @@ from torch import Tensor
 from modaltune.kernels._checks import check_float, check_shape, require
 from modaltune.kernels._dispatch import choose_impl
 from modaltune.kernels._product_choice import ProductChoice as ProductChoice
+from modaltune.kernels._product_choice import known_product_choice as known_product_choice
 from modaltune.kernels._product_choice import pin_products as pin_products
 from modaltune.kernels._product_choice import product_choice as product_choice
 from modaltune.kernels._product_choice import product_libraries as product_libraries
