@@ -20,8 +20,7 @@ def return_freed_memory() -> bool:
     """Return to the system what was freed on the CPU; False where the C library can't.
 
     glibc keeps freed blocks of up to 32 MB that lie below one in use. After a backward pass the
-    gradients lie above the activations, and all of those would stay: 250 MB at 1,000 tiles and
-    three blocks. One call takes 3 to 100 ms.
+    gradients lie above the activations, and all of those would stay. A call takes milliseconds.
     """
     trim = _malloc_trim()
     if trim is None:

@@ -44,7 +44,8 @@ def peaks(impl: str, gradients: bool, sizes: tuple[int, ...]) -> list[int]:
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "backward"])
 def test_peak_memory_is_linear_in_tiles(gradients: bool) -> None:
     small, middle, large = peaks("auto", gradients, SIZES)
-    assert large - middle == pytest.approx(middle - small, rel=0.1)
+    # A block of scores has a fixed size, so its share wavers; a matrix would add 7 : 5.
+    assert 0 < large - middle <= 1.1 * (middle - small)
     assert large < 4 * SIZES[2] ** 2 * 4 / 2, "half a dense bias of 4 heads in float32"
 
 
