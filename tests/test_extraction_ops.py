@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modaltune.kernels import extract
 from modaltune.kernels.extraction.cost import extraction_cost
-from modaltune.kernels.extraction.schedule import head_plan, query_parts, work_list
 from modaltune.testing import normal, pack_offsets, run_with_gradients
 
 LENGTHS = [5, 0, 4, 1]
@@ -181,37 +180,6 @@ def test_another_dtype_or_device_is_refused() -> None:
     inputs["kv_bias"] = inputs["kv_bias"].double()
     with pytest.raises(ValueError, match="kv_bias must have the dtype and device of x"):
         extract(**inputs, num_heads=2, offsets=pack_offsets(LENGTHS))
-
-
-def test_queries_fit_their_parts_and_no_part_is_empty() -> None:
-    assert query_parts(65) == (64, 16)
-    for queries in range(1, 129):
-        main, tail = query_parts(queries)
-        assert main in (16, 32, 64)
-        assert tail in (0, 16, 32, 64)
-        assert main + tail >= queries
-        assert tail == 0 or main < queries
-        assert main + tail < queries + 32 or queries < 17
-
-
-def test_heads_stand_in_groups() -> None:
-    published = head_plan(192, 12)
-    assert (published.padded_dim, published.groups, published.columns) == (16, 3, 128)
-    titan = head_plan(768, 8)
-    assert (titan.padded_dim, titan.groups, titan.columns) == (128, 8, 256)
-    assert head_plan(15, 5).padded_heads == 8
-
-
-def test_work_covers_every_row_but_the_prefix_once() -> None:
-    lengths = [0, 1, 2, 16, 17, 40]
-    offsets = pack_offsets(lengths)
-    work = work_list(offsets, 16, 2, torch.device("cpu"))
-    rows = []
-    for case, start, end in work.items.tolist():
-        assert end == offsets[case + 1]
-        rows += range(start, min(start + 16, end))
-    assert sorted(rows + work.prefix.tolist()) == list(range(sum(lengths)))
-    assert work.first[-1] == work.blocks == len(work.items)
 
 
 L2_MB = {"A100": 40, "H100": 50, "B200": 126, "RTX 4090": 72}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modaltune.kernels import inject
-from modaltune.kernels.injection.cost import cost, cost_backward
+from modaltune.kernels.injection.cost import injection_cost, injection_cost_backward
 from modaltune.testing import normal, pack_offsets, run_with_gradients
 
 
@@ -174,16 +174,18 @@ def test_mixed_dtypes_are_refused() -> None:
 
 def test_modelled_cost_meets_the_bar() -> None:
     """Bytes counted by hand at 25,000 tiles; at most 1.2 times the least at every size."""
-    found = cost(25_000)
+    found = injection_cost(25_000)
     weights = 2 * 192 * 768 + 4 * 768 + 192 + 2 * 65 * 192
     assert found.least_bytes == 2 * (2 * 25_000 * 768 + weights)
     assert found.flops == 25_000 * (2 * 2 * 192 * 768 + 2 * 2 * 192 * 65)
     # Half of 1 MB holds no block of all programs: x is read twice.
-    small = cost(25_000, l2_bytes=2**20)
+    small = injection_cost(25_000, l2_bytes=2**20)
     assert small.moved_bytes - found.moved_bytes > 0.9 * 25_000 * 768 * 2
     for rows in (1_000, 10_000, 25_000):
         for l2, processors in ((40, 108), (50, 132), (126, 148), (72, 128)):
-            device = cost(rows, l2_bytes=l2 * 2**20, multiprocessors=processors)
+            device = injection_cost(rows, l2_bytes=l2 * 2**20, multiprocessors=processors)
             assert device.least_bytes < device.moved_bytes <= 1.2 * device.least_bytes
-    backward = cost_backward(25_000)
-    assert backward.moved_bytes > cost_backward(25_000, trainable_weights=False).moved_bytes
+    backward = injection_cost_backward(25_000)
+    assert (
+        backward.moved_bytes > injection_cost_backward(25_000, trainable_weights=False).moved_bytes
+    )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from modaltune.kernels.extraction.schedule import head_plan, partial_bytes
+from modaltune.kernels.extraction._head_groups import head_plan, partial_bytes
 
 # One program a multiprocessor, as registers allow, on the largest device (B200).
 _IN_FLIGHT = 148

@@ -15,12 +15,12 @@ from torch import Tensor
 from modaltune.kernels._checks import check_offsets
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
-from modaltune.kernels.extraction.cpu import exact_dtype, extract_cpu_bwd, extract_cpu_fwd
-from modaltune.kernels.extraction.schedule import (
+from modaltune.kernels.extraction._head_groups import (
     MAX_HEAD_DIM,
     MAX_QUERIES,
     MAX_QUERIES_FLOAT32,
 )
+from modaltune.kernels.extraction.cpu import exact_dtype, extract_cpu_bwd, extract_cpu_fwd
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TENSORS = ("queries", "x", "norm_weight", "norm_bias", "kv_weight", "kv_bias")
@@ -59,18 +59,18 @@ def _is_empty(queries: Tensor) -> bool:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, offsets, num_heads, num_prefix, eps, impl = arguments
-    queries, x = tensors[:2]
-    offsets = check_offsets(offsets, x.shape[0])  # not looked at before when compiled
+    *given, impl = arguments
+    queries, x = given[:2]
+    given[6] = check_offsets(given[6], x.shape[0])  # not looked at before when compiled
     if _is_empty(queries):
-        return _forward_fake(*tensors, offsets, num_heads, num_prefix, eps, impl)
+        return _forward_fake(*arguments)
     if impl == "cpu":
-        return extract_cpu_fwd(*tensors, offsets, num_heads, num_prefix, eps)
+        return extract_cpu_fwd(*given)
     _check_device(x)
     from modaltune.kernels.extraction.triton_kernels import launch_extraction_fwd
 
     with torch.cuda.device_of(x):
-        return launch_extraction_fwd(*tensors, offsets, num_heads, num_prefix, eps)
+        return launch_extraction_fwd(*given)
 
 
 def _forward_fake(queries: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

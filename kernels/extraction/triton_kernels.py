@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modaltune.kernels._interpret import needs_upcast
 from modaltune.kernels._tuning import config, shipped
-from modaltune.kernels.extraction.schedule import (
+from modaltune.kernels.extraction._head_groups import (
     HeadPlan,
     Work,
     head_plan,
@@ -524,9 +524,9 @@ def _spec(
         key = _variant(name, dtype, None if kernel is extraction_bwd_dx_kernel else plan, many)
     settings = dict(shipped(OP)[key][str(capability)])
     main, tail = query_parts(queries, settings.pop("LEAST_TAIL", 16))
-    known = {**settings, **_heads(plan), "PADDED_HEADS": plan.padded_heads, "MAIN": main}
-    known |= {"TAIL": tail, "EVEN_K": True, "EVEN_D": True, "NEEDS_DQ": True, "NEEDS_DKV": True}
-    known |= {"UPCAST": False, "PRECISION": PRECISION}
+    known: dict[str, Any] = {**settings, **_heads(plan), "MAIN": main, "TAIL": tail}
+    known |= {"PADDED_HEADS": plan.padded_heads, "EVEN_K": True, "EVEN_D": True}
+    known |= {"NEEDS_DQ": True, "NEEDS_DKV": True, "UPCAST": False, "PRECISION": PRECISION}
 
     def kind(argument: str) -> str:
         if argument in known:

@@ -36,7 +36,7 @@ def _read_again(read_bytes: float, waiting_bytes: float, l2_bytes: int) -> float
     return read_bytes * max(0.0, 1.0 - l2_bytes / 2 / max(waiting_bytes, 1.0))
 
 
-def cost(
+def injection_cost(
     rows: int,
     *,
     cases: int = 1,
@@ -72,7 +72,7 @@ def cost(
     return Cost(flops, least, least + folded + _read_again(x, waiting, l2_bytes))
 
 
-def cost_backward(
+def injection_cost_backward(
     rows: int,
     *,
     cases: int = 1,
