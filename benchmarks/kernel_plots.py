@@ -43,8 +43,11 @@ _FLOOR = 1e11  # FLOP/s where the axes begin
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return a colour and a mark per name, the same for the same list."""
-    return {name: (PALETTE[i % 8], MARKS[i % 8]) for i, name in enumerate(names)}
+    """Return a colour and a mark per name: none like the first, no pair twice among 49 others."""
+    looks = {names[0]: (PALETTE[0], MARKS[0])} if names else {}
+    for i, name in enumerate(names[1:]):
+        looks[name] = (PALETTE[1 + i % 7], MARKS[1 + (i + i // 7) % 7])
+    return looks
 
 
 def _roof(axes: Axes, device: Device) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -108,6 +109,22 @@ def test_unknown_ops_are_refused() -> None:
     done = _run("--op", "inject")
     assert done.exit_code == 1
     assert "--op must be one of alibi_attn, dilated_attn, extraction" in done.stderr
+
+
+def test_many_contenders_look_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    plot = Axes.plot
+
+    def watched(self: Axes, *args: Any, **kwargs: Any) -> Any:
+        if "label" in kwargs:
+            drawn.append((args[2], kwargs["color"]))
+        return plot(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", watched)
+    row = {"op": "op", "variant": "", "mode": "forward", "tiles": 1, "device": "d", "dtype": "t"}
+    times = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
+    plot_results([{**row, **times, "impl": f"i{i}"} for i in range(12)], tmp_path / "x.png")
+    assert len(set(drawn)) == len(drawn) == 12
 
 
 def test_plots_of_few_and_of_no_rows(tmp_path: Path) -> None:
