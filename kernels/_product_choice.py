@@ -245,8 +245,9 @@ def _read(file: Path, machine: dict[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict) or any(found.get(k) != v for k, v in machine.items()):
         return {}
     rates = found.get("gflops")
-    good = isinstance(rates, dict) and sorted(rates) == sorted(machine["libraries"])
-    if not good or not all(isinstance(rate, float) and rate >= 0 for rate in rates.values()):
+    if not isinstance(rates, dict) or sorted(rates) != sorted(machine["libraries"]):
+        return {}
+    if not all(isinstance(rate, float) and rate >= 0 for rate in rates.values()):
         return {}
     return rates
 

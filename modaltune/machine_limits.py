@@ -104,7 +104,8 @@ def _heads() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from modaltune.kernels import dilated_attention
 from modaltune.kernels.dilated_attn import cpu
-from modaltune.kernels.dilated_attn._blocks import block_layout, residue_classes, visits
 from modaltune.kernels.dilated_attn.cost import dilated_attn_cost
 from modaltune.kernels.dilated_attn.triton_kernels import compile_specs
 from modaltune.testing import (
@@ -167,31 +166,13 @@ def test_scores_far_from_zero(sign: int) -> None:
     )
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_large_pieces_in_several_blocks(safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One problem at a time through the fast product, its rows in blocks; both ways to scale."""
-    from modaltune.kernels.dilated_attn import _pieces
-
-    monkeypatch.setattr(_pieces, "BLOCK_SCORES", 150 * 40)
-    how = {"segment_lengths": (150, 300), "dilation_ratios": (1, 2)}
-    shares = check_against_reference(
-        dilated_attention,
-        qkv(340, 2, 8),
-        impl="cpu",
-        gradient_steps=BACKWARD_STEPS,
-        scale=None if safe else 5.0,
-        **how,
-    )
-    assert set(shares) == {"out", "grad q", "grad k", "grad v"}
-
-
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another product library gives the same numbers up to rounding."""
     inputs = qkv(200, 2, 8, torch.float32)
     how = {"segment_lengths": (200,), "dilation_ratios": (1,), "impl": "cpu"}
-    assert cpu._PRODUCT is not None
+    assert cpu.PRODUCT is not None
     want = run_with_gradients(dilated_attention, inputs, **how)
-    monkeypatch.setattr(cpu, "_PRODUCT", None)
+    monkeypatch.setattr(cpu, "PRODUCT", None)
     got = run_with_gradients(dilated_attention, inputs, **how)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -220,18 +201,6 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     assert done.stdout.split() == ["True"]
 
 
-def test_an_error_in_a_task_is_raised_here() -> None:
-    from modaltune.kernels.dilated_attn._threads import run_tasks
-
-    done: list[int] = []
-
-    def fail() -> None:
-        raise ValueError("in a task")
-
-    with pytest.raises(ValueError, match="in a task"):
-        run_tasks([fail, lambda: done.append(1)])
-
-
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU")
 def test_triton_says_why_it_can_not_run() -> None:
     inputs = qkv(9, 2, 8, torch.float32)
@@ -239,25 +208,6 @@ def test_triton_says_why_it_can_not_run() -> None:
         dilated_attention(**inputs, **ALIGNED, impl="triton")
     with pytest.raises(RuntimeError, match="float16, bfloat16 or float32, got torch"):
         dilated_attention(**qkv(9, 2, 8), **ALIGNED, impl="triton")
-
-
-@pytest.mark.parametrize("heads", [1, 3, 16])
-@pytest.mark.parametrize("block", [16, 128])
-def test_every_row_is_in_one_block_of_rows(heads: int, block: int) -> None:
-    """Residues of all classes are each residue once; rows of a block fit the shortest segment."""
-    modulus, rows = block_layout(heads, SEGMENTS, RATIOS, block)
-    assert modulus == 16
-    assert modulus * rows <= max(SEGMENTS[0], block)
-    classes = residue_classes(heads, SEGMENTS, RATIOS, modulus, block // rows)
-    for of_head in classes:
-        assert sorted(r for c in of_head for r in c if r >= 0) == list(range(modulus))
-        assert all(len(c) == block // rows for c in of_head)
-
-
-def test_branches_per_row_of_the_published_heads() -> None:
-    """KERNELS: 1.94 branches are active per row and head, on average."""
-    seen = [sum(visits(h, 16, c, RATIOS)) for h in range(16) for c in range(16)]
-    assert sum(seen) / len(seen) == 1.9375
 
 
 def test_few_compilations_that_cover_every_shipped_configuration() -> None:

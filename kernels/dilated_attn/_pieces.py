@@ -50,7 +50,7 @@ class Piece(NamedTuple):
         )
 
 
-def _pieces(length: int, heads: int, task: slice, branches: Branches) -> Iterator[Piece]:
+def _of_sequence(length: int, heads: int, task: slice, branches: Branches) -> Iterator[Piece]:
     """Yield the pieces of some heads of a sequence, whose tensors start with the first of these.
 
     The last segment may be shorter than the others.
@@ -83,7 +83,7 @@ def tasks(
     """Yield rows and heads that have nothing in common with others, and their pieces."""
     for start, end in pairwise(offsets.tolist()):
         for task in _head_tasks(end - start, heads) if start < end else ():
-            yield (slice(start, end), task), list(_pieces(end - start, heads, task, branches))
+            yield (slice(start, end), task), list(_of_sequence(end - start, heads, task, branches))
 
 
 def chunks(piece: Piece) -> Iterator[Piece]:

@@ -46,13 +46,13 @@ def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     return linear and (lambda a, b: linear.default(a, b, None, "none", [], ""))
 
 
-_PRODUCT = _find_product()
+PRODUCT = _find_product()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T `[n, M, N]` of `[n, M, K]` and `[n, N, K]`."""
-    if _PRODUCT is not None and a.dtype == torch.float32 and a.shape[0] == 1:
-        return _PRODUCT(a[0], b[0]).unsqueeze(0)
+    if PRODUCT is not None and a.dtype == torch.float32 and a.shape[0] == 1:
+        return PRODUCT(a[0], b[0]).unsqueeze(0)
     return torch.bmm(a, b.transpose(1, 2))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modaltune.kernels import dilated_attention
+from modaltune.kernels.dilated_attn._threads import run_tasks
 from modaltune.testing import normal, run_with_gradients
 
 OPTIONS = {"segment_lengths": (16, 64), "dilation_ratios": (1, 2)}
@@ -40,3 +41,13 @@ def test_gradients_stay_off_on_the_threads_of_the_cpu_path() -> None:
     got = run_with_gradients(dilated_attention, INPUTS, **OPTIONS, impl="cpu")
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, msg=name)
+
+
+def test_an_error_in_a_task_is_raised_here() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ValueError("in a task")
+
+    with pytest.raises(ValueError, match="in a task"):
+        run_tasks([fail, lambda: done.append(1)])
