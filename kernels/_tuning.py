@@ -11,6 +11,10 @@ import torch
 
 CONFIGS = Path(__file__).parent / "configs"
 COMPUTE_CAPABILITIES = (80, 90, 100, 120)
+# GPUs with less shared memory than the generation they count with (at most 99 KiB a block, CUDA
+# C++ Programming Guide, compute capabilities): they take what was tuned for sm_120, which has as
+# much.
+_SMALL_SHARED_MEMORY = (75, 86, 89)
 
 
 @cache
@@ -27,7 +31,9 @@ def shipped(op: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def nearest(capability: int) -> int:
-    """Return the shipped capability to use on a device: the largest not above it."""
+    """Return the shipped capability to use on a device: the largest not above it that fits."""
+    if capability in _SMALL_SHARED_MEMORY:
+        return 120
     return max(
         (c for c in COMPUTE_CAPABILITIES if c <= capability), default=min(COMPUTE_CAPABILITIES)
     )
