@@ -19,6 +19,11 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def is_autocast_on(device: torch.device) -> bool:
+    """Return whether autocast is on for a device; asking torch about others, as meta, raises."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is floating point."""
     if not tensor.is_floating_point():

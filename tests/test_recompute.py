@@ -172,6 +172,11 @@ def test_a_loss_that_is_not_finite_leaves_no_gradient(backward: Any) -> None:
 
 def test_less_is_held_the_more_is_computed_again() -> None:
     batch, targets = batch_of(300)
+    # So many blocks that what they keep outweighs what one of them needs at work.
+    deep: dict[str, Any] = {
+        "slide_encoder": LONGNET.model_copy(update={"depth": 24}),
+        "adapter": CONFIG.adapter.model_copy(update={"interactions": ((0, 11), (12, 23))}),
+    }
     peaks = {}
     for name, settings, backward in (
         ("joint", {}, "joint"),
@@ -180,7 +185,7 @@ def test_less_is_held_the_more_is_computed_again() -> None:
         ("interaction", {"recompute": "interaction"}, "sequential"),
         ("one for all", {"task_trunk": "shared"}, "sequential"),
     ):
-        model = small(**settings)
+        model = small(**deep, **settings)
         recipe = TrainConfig(task_backward=backward)  # type: ignore[arg-type]
         accumulate_gradients(model, batch, targets, recipe)
         _, counted = count_memory(

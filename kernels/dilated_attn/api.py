@@ -8,7 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._checks import (
+    check_float,
+    check_offsets,
+    check_shape,
+    is_autocast_on,
+    require,
+)
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.dilated_attn import ops
 from modaltune.kernels.dilated_attn.ops import misalignment as misalignment
@@ -96,7 +102,7 @@ def dilated_attention(
         q.shape[1] > 0 and q.shape[2] > 0,
         f"q must have at least one head and one column, got {list(q.shape)}",
     )
-    mixed = torch.is_autocast_enabled(q.device.type)
+    mixed = is_autocast_on(q.device)
     for name, tensor in (("k", k), ("v", v)):
         check_shape(name, tensor, tuple(q.shape))
         require(

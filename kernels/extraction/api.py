@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._checks import (
+    check_float,
+    check_offsets,
+    check_shape,
+    is_autocast_on,
+    require,
+)
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.extraction import ops
 from modaltune.kernels.extraction.reference import extract_reference
@@ -79,7 +85,7 @@ def extract(
         "kv_weight": (kv_weight, (2 * inner, x.shape[1])),
         "kv_bias": (kv_bias, (2 * inner,)),
     }
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     for name, (tensor, shape) in named.items():
         check_shape(name, tensor, shape)
         require(

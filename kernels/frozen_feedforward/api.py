@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_shape, require
+from modaltune.kernels._checks import check_float, check_shape, is_autocast_on, require
 from modaltune.kernels._dispatch import choose_impl
 from modaltune.kernels.frozen_feedforward import ops
 from modaltune.kernels.frozen_feedforward.reference import frozen_ffn_reference
@@ -78,7 +78,7 @@ def frozen_ffn(
         "weight2": (weight2, (width, wide)),
         "bias2": (bias2, (width,)),
     }
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     for name, (tensor, shape) in named.items():
         if tensor is None:
             continue

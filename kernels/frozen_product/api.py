@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_shape, require
+from modaltune.kernels._checks import check_float, check_shape, is_autocast_on, require
 from modaltune.kernels._dispatch import choose_impl
 from modaltune.kernels._product_choice import ProductChoice as ProductChoice
 from modaltune.kernels._product_choice import known_product_choice as known_product_choice
@@ -68,7 +68,7 @@ def frozen_linear(
 
 
 def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> None:
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._checks import (
+    check_float,
+    check_offsets,
+    check_shape,
+    is_autocast_on,
+    require,
+)
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.gated_pooling import ops
 from modaltune.kernels.gated_pooling.reference import gated_pool_reference
@@ -76,7 +82,7 @@ def gated_pool(
         "score_weight": (score_weight, (heads, hidden)),
         "score_bias": (score_bias, (heads,)),
     }
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     for name, (tensor, shape) in named.items():
         check_shape(name, tensor, shape)
         require(

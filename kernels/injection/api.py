@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._checks import (
+    check_float,
+    check_offsets,
+    check_shape,
+    is_autocast_on,
+    require,
+)
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.injection import ops
 from modaltune.kernels.injection.reference import inject_reference
@@ -60,7 +66,7 @@ def _check(
 
 def _check_tensors(x: Tensor, shaped: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
     """Check the shape of each tensor, and that it goes with x."""
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     for name, (tensor, shape) in shaped.items():
         check_shape(name, tensor, shape)
         require(
@@ -72,7 +78,7 @@ def _check_tensors(x: Tensor, shaped: dict[str, tuple[Tensor, tuple[int, ...]]])
 
 def _choose(op: str, impl: str, x: Tensor, keys: Tensor, num_heads: int) -> str:
     """Return the implementation to run, with the reason where the kernels can't be it."""
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = is_autocast_on(x.device)
     dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
     beyond = ops.beyond_triton(dtype, keys.shape[2], num_heads, keys.shape[1])
     if impl == "triton" and beyond:
