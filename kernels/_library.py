@@ -9,6 +9,7 @@ Their bodies are opaque to tracing and may look at values (offsets on the CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +44,25 @@ def differentiable(
 
 
 def autocast(name: str) -> None:
-    """Cast floating tensors to the autocast dtype where autocast is on."""
-    for device, dtype in (("cuda", torch.float16), ("cpu", torch.bfloat16)):
-        torch.library.register_autocast(f"modaltune::{name}", device, dtype, lib=LIBRARY)
+    """Cast floating tensors, but those of float64, to the dtype of autocast where autocast is on.
+
+    `torch.library.register_autocast` casts to one dtype fixed beforehand, whatever is asked for.
+    """
+    for device in ("cuda", "cpu"):
+        LIBRARY.impl(name, partial(_under_autocast, name, device), f"Autocast{device.upper()}")
+
+
+def _under_autocast(name: str, device: str, *arguments: Any) -> Any:
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type != device:
+            return value
+        is_cast = value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if is_cast else value
+
+    with torch.autocast(device, enabled=False):
+        return getattr(torch.ops.modaltune, name)(*(cast(value) for value in arguments))
 
 
 def recomputed_vjp(

@@ -68,13 +68,16 @@ def test_compiled_code_still_refuses_misaligned_segments() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_autocast_casts_inputs_and_returns_gradients_in_their_dtype(impl: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_inputs_and_returns_gradients_in_their_dtype(
+    impl: str, dtype: torch.dtype
+) -> None:
     inputs = {n: t.requires_grad_() for n, t in qkv(40, 4, 8, torch.float32).items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         out = dilated_attention(**inputs, **ALIGNED, impl=impl)
         out.float().square().sum().backward()  # inside: the backward pass must not be autocast
     if impl == "cpu":
-        assert out.dtype == torch.bfloat16
+        assert out.dtype == dtype
     for name, t in inputs.items():
         assert t.grad is not None, name
         assert t.grad.dtype == torch.float32, name

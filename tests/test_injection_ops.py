@@ -121,13 +121,14 @@ def test_gradients_share_no_memory_with_what_they_are_made_of() -> None:
     assert found.data_ptr() != pulled.data_ptr()
 
 
-def test_autocast_runs_in_its_dtype() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_in_its_dtype(dtype: torch.dtype) -> None:
     inputs = make_inputs([20], dtype=torch.float32)
-    half = {n: t.bfloat16() for n, t in inputs.items()}
+    half = {n: t.to(dtype) for n, t in inputs.items()}
     want = run_with_gradients(inject, half, num_heads=3, impl="cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         got = run_with_gradients(inject, inputs, num_heads=3, impl="cpu")
-    assert got["out"].dtype == torch.bfloat16
+    assert got["out"].dtype == dtype
     assert torch.equal(got["out"], want["out"])
     for name in inputs:
         assert got[f"grad {name}"].dtype == torch.float32
