@@ -52,7 +52,7 @@ def check_offsets(offsets: Tensor | None, rows: int) -> Tensor:
         ValueError: The offsets do not start at 0, end at `rows` and never fall.
     """
     if offsets is None:
-        return torch.tensor([0, rows], dtype=torch.int64)
+        return torch.tensor([0, rows], dtype=torch.int64, device="cpu")
     if torch.compiler.is_compiling():
         return offsets  # values can't be looked at while tracing; the operator's body checks them
     require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,11 +46,17 @@ def row_blocks(offsets: Tensor, block: int, num_prefix: int = 0) -> RowBlocks:
     starts = torch.minimum(offsets[:-1] + num_prefix, ends)
     counts = torch.div(ends - starts + block - 1, block, rounding_mode="floor")
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    case = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    within = torch.arange(int(first[-1])) - first[case]
+    case = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    within = torch.arange(int(first[-1]), device=first.device) - first[case]
     return RowBlocks(
         case.to(torch.int32),
         (starts[case] + within * block).to(torch.int32),
         ends[case].to(torch.int32),
         first.to(torch.int32),
     )
+
+
+@lru_cache(maxsize=64)
+def kept_row_blocks(offsets: tuple[int, ...], block: int, device: torch.device) -> RowBlocks:
+    """Return the blocks of a layout on a device, kept: a captured CUDA graph copies nothing."""
+    return row_blocks(torch.tensor(offsets, device="cpu"), block).to(device)

@@ -2,8 +2,9 @@
 
 `python -m modaltune.kernels.resources --check` compiles every kernel in every shipped configuration
 for sm_80, sm_90, sm_100 and sm_120, and fails on a spilled register, shared memory over the limit,
-a half-precision product without tensor-core instructions, or a figure worse than the stored table
-(`configs/resources/<op>.json`). Results are cached by source, configuration and Triton version.
+a half-precision product without tensor-core instructions, a buffer filled while a product still
+reads it (`_refills`), or a figure worse than the stored table (`configs/resources/<op>.json`).
+Results are cached by source, configuration and Triton version.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modaltune.kernels._refills import early_refills
 from modaltune.kernels._tuning import COMPUTE_CAPABILITIES, CONFIGS
 
 STORED = CONFIGS / "resources"
@@ -140,6 +142,8 @@ def compile_spec(spec: CompileSpec) -> Resources:
         compiled = triton.compile(source, target=target, options=dict(spec.options))
         ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     found = _read(spec, ptx, cubin, int(compiled.metadata.shared))
+    few = early_refills(compiled.asm["ttgir"], spec.options["num_stages"])
+    found.problems.extend(f"a product in flight reads a buffer of {n} slots" for n in few)
     cached.parent.mkdir(parents=True, exist_ok=True)
     temporary = cached.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(found)))
@@ -160,7 +164,9 @@ def _cache_path(spec: CompileSpec) -> Path:
 def _sources(op: str) -> bytes:
     """Return all that decides what a spec of an op compiles to, and how it is read."""
     kernels = b"".join(p.read_bytes() for p in sorted((ROOT / op).glob("triton*.py")))
-    return kernels + Path(__file__).read_bytes()
+    return kernels + b"".join(
+        (ROOT / name).read_bytes() for name in ("resources.py", "_refills.py")
+    )
 
 
 def _tool(name: str) -> str:

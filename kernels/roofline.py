@@ -85,6 +85,22 @@ DEVICES: dict[str, Device] = {
     )
 }  # fmt: skip
 
+# Devices that are measured on, but not modelled: the chip of an H100 beside other memory.
+_MEASURED = (
+    *DEVICES.values(),
+    _device("H200", 90, (989.4, 494.7), 4.8, 60, 132, 1.83, "NVIDIA H200 SXM data sheet (2023)"),
+)
+# Boards that share a chip's name, but not its peaks.
+_OTHER_BOARDS = ("PCIe", "NVL", "40GB", "RTX 4090 D", "Laptop")
+
+
+def known_device(name: str) -> Device | None:
+    """Return the published peaks of a GPU by the name that its driver gives, None if not known."""
+    if any(other in name for other in _OTHER_BOARDS):
+        return None
+    return next((device for device in _MEASURED if device.name in name), None)
+
+
 # Kernel launches of one call, forward and backward, on the Triton path in half precision: our
 # kernels, without the sums over partial results and the library's products. Every gradient, but
 # that of the expression in `grouped_mlp`, which nothing trains.

@@ -75,7 +75,7 @@ def work_list(offsets: tuple[int, ...], block: int, device: torch.device) -> Ten
     Blocks of long sequences come first, so that the last programs to start are short ones. Kept
     per layout: the layers of a model share it, and a captured CUDA graph copies nothing.
     """
-    rows = torch.tensor(offsets, dtype=torch.int64)
+    rows = torch.tensor(offsets, dtype=torch.int64, device="cpu")
     blocks = row_blocks(rows, block)
     begin = rows[:-1].to(torch.int32)[blocks.case.long()]
     work = torch.stack([blocks.start, begin, blocks.end], dim=1)

@@ -34,19 +34,21 @@ from modaltune.kernels.dilated_attn.triton_blocks import (
 
 
 @triton.jit
-def _fold(state, q, k_ptr, v_ptr, step_k, step_v, first, end, hidden, scale,
-          is_lone, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr,
-          TAIL: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _fold(state, q, k_ptr, v_ptr, step_k, step_v, first, end, hidden, scale, is_lone,
+          IS_LAST: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+          MAIN: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
     """Fold BLOCK_N places from `first` on into the softmax (maximum, sum, accumulators) of rows.
 
-    hidden [M]: whether a row is in another segment.
+    hidden [M]: whether a row is in another segment. IS_LAST: whether the places may end before
+    `end`; the loop over whole blocks has no branch in it, and so its loads run ahead.
     """
     top, total, acc = state
     i = tl.arange(0, BLOCK_N)  # [N]
     keep = first + i < end  # [N]
     k = load_rows(k_ptr + first * step_k + i * step_k, keep, HEAD_DIM, MAIN, TAIL, UPCAST)
     s = scores(q, k, TAIL, PRECISION)  # [M, N]
-    if first + BLOCK_N > end:
+    if IS_LAST:
         s = tl.where(is_lone & (s == 0.0), NO_ATTENTION, s * scale)
         s = tl.where(keep[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.where(hidden, LOWEST, tl.max(s, 1)))  # [M]
@@ -98,10 +100,16 @@ def dilated_attn_fwd_kernel(
             first = number * segment_places
             end = tl.minimum(first + segment_places, places)
             hidden = segment != number  # [M]
-            for block in range(first, end, BLOCK_N):
+            whole = first + (end - first) // BLOCK_N * BLOCK_N
+            for block in range(first, whole, BLOCK_N):
                 state = _fold(
                     state, q, k_rows, v_rows, step_k, step_v, block, end, hidden, scale,
-                    segment_places == 1, BLOCK_N, HEAD_DIM, MAIN, TAIL, UPCAST, PRECISION,
+                    False, False, BLOCK_N, HEAD_DIM, MAIN, TAIL, UPCAST, PRECISION,
+                )  # fmt: skip
+            if whole < end:
+                state = _fold(
+                    state, q, k_rows, v_rows, step_k, step_v, whole, end, hidden, scale,
+                    segment_places == 1, True, BLOCK_N, HEAD_DIM, MAIN, TAIL, UPCAST, PRECISION,
                 )  # fmt: skip
 
     pads = tl.zeros([BLOCK_M], tl.int32)

@@ -70,9 +70,9 @@ def _widths(head_dim: int) -> dict[str, int]:
 
 
 def _variant(kernel: str, dtype: str, head_dim: int) -> str:
-    """Name of a kernel's configuration, by head width; float32 has registers to spare but in dq."""
+    """Name of a kernel's configuration, by head width; dk and dv of float32 need no other."""
     if dtype == "fp32":
-        return kernel + (":fp32:wide" if head_dim > 64 and "bwd_dq" in kernel else ":fp32")
+        return kernel + (":fp32:wide" if head_dim > 64 and "dkdv" not in kernel else ":fp32")
     return kernel + (":wide" if head_dim > 48 else "")
 
 
@@ -103,7 +103,7 @@ def _tables(
 ) -> _Blocks:
     """Return the tables of a layout. Kept: the layers of a model and CUDA graphs share them."""
     modulus, rows = block_layout(heads, segment_lengths, ratios, block)
-    bounds = torch.tensor(offsets, dtype=torch.int64)
+    bounds = torch.tensor(offsets, dtype=torch.int64, device="cpu")
     cut = row_blocks(bounds, modulus * rows)
     begin = bounds.to(torch.int32)[cut.case.long()]
     units = torch.stack([cut.start, begin, cut.end], dim=1)
@@ -111,8 +111,8 @@ def _tables(
     branches = [list(pair) for pair in zip(segment_lengths, ratios, strict=True)]
     return _Blocks(
         units.contiguous().to(device),
-        torch.tensor(classes, dtype=torch.int32).to(device),
-        torch.tensor(branches, dtype=torch.int32).to(device),
+        torch.tensor(classes, dtype=torch.int32, device=device),
+        torch.tensor(branches, dtype=torch.int32, device=device),
         modulus,
         rows,
     )
@@ -372,5 +372,5 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     cases = [(kernel, "bf16", width) for width in (48, 128) for kernel in _KERNELS]
     if capability in (80, 120):
         cases += [(kernel, "fp32", 128) for kernel in _KERNELS]
-        cases.append(("dilated_attn_bwd_dq_kernel", "fp32", 64))
+        cases += [(f"dilated_attn_{name}_kernel", "fp32", 64) for name in ("fwd", "bwd_dq")]
     return [_spec(kernel, capability, dtype, width) for kernel, dtype, width in cases]

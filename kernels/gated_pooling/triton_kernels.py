@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modaltune.kernels._interpret import needs_upcast
-from modaltune.kernels._schedule import RowBlocks, row_blocks
+from modaltune.kernels._schedule import RowBlocks, kept_row_blocks, row_blocks
 from modaltune.kernels._tuning import config, shipped
 from modaltune.kernels.resources import CompileSpec
 
@@ -374,7 +374,7 @@ def launch_gated_pool_fwd(
     kernel = "gated_pool_fwd_partial_kernel" + _variant(x.dtype, width)
     chosen = _fit(config(OP, kernel, x.device), hidden, width)
     merge = config(OP, "gated_pool_fwd_merge_kernel", x.device)
-    lists = row_blocks(offsets, chosen["BLOCK_L"]).to(x.device)
+    lists = kept_row_blocks(tuple(offsets.tolist()), chosen["BLOCK_L"], x.device)
     single = {"dtype": torch.float32, "device": x.device}
     given = {
         "x_ptr": x,

@@ -319,7 +319,7 @@ def pathway_list(offsets: tuple[int, ...], device: torch.device) -> Tensor:
 
     Kept per layout: a captured CUDA graph copies nothing.
     """
-    bounds = torch.tensor(offsets, dtype=torch.int64)
+    bounds = torch.tensor(offsets, dtype=torch.int64, device="cpu")
     order = torch.argsort(bounds.diff(), descending=True, stable=True)
     listed = torch.stack([order, bounds[order], bounds[order + 1]], dim=1)
     return listed.to(torch.int32).contiguous().to(device)

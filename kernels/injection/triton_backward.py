@@ -60,7 +60,8 @@ def inject_bwd_project_kernel(
     stride_rn,
     num_rows, eps,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, STATISTICS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, STATISTICS: tl.constexpr, FROM_REGISTERS: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, mean and rstd of BLOCK_L rows of x (STATISTICS), or do of as many rows of u."""
     INNER: tl.constexpr = MAIN + TAIL
@@ -70,7 +71,7 @@ def inject_bwd_project_kernel(
     base = rows_ptr + start.to(tl.int64) * stride_rn
     main, tail, mean, variance, rest = project_rows(
         base, stride_rn, keep, weight_ptr, factor_ptr, BLOCK_L, BLOCK_K, WIDTH, MAIN, TAIL,
-        STATISTICS, UPCAST, PRECISION,
+        STATISTICS, FROM_REGISTERS, UPCAST, PRECISION,
     )  # fmt: skip
     if STATISTICS:
         rstd = tl.rsqrt(variance + eps)  # [L]
@@ -281,9 +282,12 @@ def inject_bwd_weights_kernel(
             x = tile.to(tl.float32)  # [L, D]
             u_base = grad_ptr + start.to(tl.int64) * stride_un
             pointers = u_base + (rows[:, None] * stride_un + cols[None, :])
+            # Once more for the sums (out of L2, beside x): a buffer that a product and something
+            # else read is filled anew too early, see `project_rows`.
+            u = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            plain += tl.sum(u, 0)
+            times_x += tl.sum(u * x, 0)
             tile = tl.load(pointers, mask=mask, other=0.0)  # [L, D]
-            plain += tl.sum(tile.to(tl.float32), 0)
-            times_x += tl.sum(tile.to(tl.float32) * x, 0)
         tile = tile.to(dtype)
         base = inner_ptr + start.to(tl.int64) * INNER
         inner = _load_inner(base, keep, BLOCK_L, 0, MAIN, INNER, UPCAST)  # [L, MAIN]

@@ -44,8 +44,8 @@ def load_row(base, cols, WIDTH: tl.constexpr):
 @triton.jit
 def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constexpr,
                  BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
-                 TAIL: tl.constexpr, STATISTICS: tl.constexpr, UPCAST: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 TAIL: tl.constexpr, STATISTICS: tl.constexpr, FROM_REGISTERS: tl.constexpr,
+                 UPCAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Rows times a weight `[MAIN + TAIL, WIDTH]` transposed: (main, tail, mean, variance, rest).
 
     With STATISTICS the mean and variance of the rows come out of the same pass, and `rest` is the
@@ -84,6 +84,11 @@ def project_rows(base, stride, keep, weight_ptr, factor_ptr, BLOCK_L: tl.constex
             squares += tl.sum(apart * apart, 1)
             if base.dtype.element_ty == tl.float32:
                 x = apart
+            elif FROM_REGISTERS:
+                # Times one, which the compiler does not know: see `_refills`. Where the product
+                # takes the rows from a buffer that the statistics read too, Triton (3.6 to 3.8,
+                # sm_90) fills that buffer anew while the product still reads it.
+                x = x * (stride > 0).to(x.dtype)
         else:
             x = (x * load_row(factor_ptr, cols, WIDTH)[None, :]).to(x.dtype)
         weight = load_weight(weight_ptr, inner, cols, WIDTH, BLOCK_K, UPCAST)  # [MAIN, BLOCK_K]

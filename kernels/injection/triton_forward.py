@@ -110,8 +110,8 @@ def inject_fwd_kernel(
     eps, scale,
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, MAIN: tl.constexpr,
-    TAIL: tl.constexpr, KEYS_MAIN: tl.constexpr, KEYS_TAIL: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, KEYS_MAIN: tl.constexpr, KEYS_TAIL: tl.constexpr,
+    FROM_REGISTERS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of at most BLOCK_L rows of one case; prefix rows, and all without any key, stay as x."""
     item = work_ptr + 4 * tl.program_id(0)
@@ -127,7 +127,7 @@ def inject_fwd_kernel(
 
     product, product_tail, _, variance, rest = project_rows(
         x_base, stride_xn, keep, query_ptr, gamma_ptr, BLOCK_L, BLOCK_K, WIDTH, MAIN, TAIL,
-        True, UPCAST, PRECISION,
+        True, FROM_REGISTERS, UPCAST, PRECISION,
     )  # fmt: skip
     rstd = tl.rsqrt(variance + eps)  # [L]
     q = normed_query(product, rest, rstd, query_sum_ptr, query_shift_ptr, 0, MAIN).to(dtype)

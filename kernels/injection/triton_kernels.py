@@ -104,7 +104,7 @@ def _options(kernel: str, x: Tensor, shape: dict[str, int]) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _blocks(offsets: tuple[int, ...], block: int, num_prefix: int, device: torch.device) -> Tensor:
     """Return `[n, 4]` int32: case, first row, end of the case, its first row after the prefix."""
-    bounds = torch.tensor(offsets)
+    bounds = torch.tensor(offsets, device="cpu")
     blocks = row_blocks(bounds, block)
     tiles = torch.minimum(bounds[:-1] + num_prefix, bounds[1:]).to(torch.int32)
     case = blocks.case.long()
@@ -116,7 +116,7 @@ def _spans(
     offsets: tuple[int, ...], rows: int, num_prefix: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return `[n, 3]` int32 (case, first row, end) and `[B]` spans of each case."""
-    blocks = row_blocks(torch.tensor(offsets), rows, num_prefix)
+    blocks = row_blocks(torch.tensor(offsets, device="cpu"), rows, num_prefix)
     end = torch.minimum(blocks.end, blocks.start + rows)
     items = torch.stack([blocks.case, blocks.start, end], dim=1)
     return items.to(device), blocks.first.diff().to(device)
@@ -124,7 +124,7 @@ def _spans(
 
 @lru_cache(maxsize=64)
 def _plain_bias(tokens: int, padded: int, device: torch.device) -> Tensor:
-    bias = torch.full((1, padded), -torch.inf)
+    bias = torch.full((1, padded), -torch.inf, device="cpu")
     bias[:, :tokens] = 0.0
     return bias.to(device)
 

@@ -136,7 +136,8 @@ def work_list(offsets: tuple[int, ...], block: int, device: torch.device) -> Ten
 
     Kept per layout: a captured CUDA graph copies nothing.
     """
-    rows = torch.tensor(offsets, dtype=torch.int64) + torch.arange(len(offsets))
+    rows = torch.tensor(offsets, dtype=torch.int64, device="cpu")
+    rows += torch.arange(len(offsets), device="cpu")
     blocks = row_blocks(rows, block)
     begin = rows[:-1].to(torch.int32)[blocks.case.long()]
     return torch.stack([blocks.start, begin, blocks.end, blocks.case], dim=1).to(device)
