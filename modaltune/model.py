@@ -192,7 +192,7 @@ class ModalTune(nn.Module):
                     self.slide_encoder.embed(
                         batch.tiles[start:end],
                         batch.positions_px[start:end],
-                        torch.tensor([0, end - start]),
+                        torch.tensor([0, end - start], device="cpu"),
                     )
             except InputError as error:
                 raise InputError(f"case {batch.case_id(case)}: {error}") from error

@@ -41,7 +41,7 @@ def published_size_model(config: ModalTuneConfig | None = None) -> ModalTune:
 
 
 def random_cases(model: ModalTune, tiles: int, cases: int = 1, seed: int = 0) -> CaseBatch:
-    """Return cases of normal tile features on a square of the grid, with every modality.
+    """Return cases of normal tile features on a square of the grid, on the CPU, every modality.
 
     Args:
         model: Names the widths. Modalities of somebody's own are left out: nobody knows their form.
@@ -50,18 +50,18 @@ def random_cases(model: ModalTune, tiles: int, cases: int = 1, seed: int = 0) ->
         seed: Of the values.
     """
     generator = torch.Generator().manual_seed(seed)
-    cell = torch.arange(tiles)
+    cell = torch.arange(tiles, device="cpu")
     side = math.isqrt(tiles) + 1
     encoder = model.config.slide_encoder
     position = torch.stack([cell % side, cell // side], dim=1) * encoder.cell_px
     width = model.slide_encoder.in_features
-    tile_features = torch.randn(tiles * cases, width, generator=generator)
+    tile_features = torch.randn(tiles * cases, width, generator=generator, device="cpu")
     return CaseBatch(
         tiles=tile_features,
         positions_px=position.repeat(cases, 1),
-        offsets=torch.arange(cases + 1) * tiles,
+        offsets=torch.arange(cases + 1, device="cpu") * tiles,
         modalities={
-            name: torch.randn(cases, module.in_features, generator=generator)
+            name: torch.randn(cases, module.in_features, generator=generator, device="cpu")
             for name, module in model.each_modality().items()
             if module.in_features is not None
         },

@@ -7,6 +7,7 @@ tuned to a kernel.
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Whether Triton interprets kernels, on CPU tensors, in this process.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # Lengths of the sequences in one packed batch: none, one, around a block of 16, odd, long.
 RAGGED = (0, 1, 2, 15, 16, 17, 127, 1000)
 
@@ -23,14 +26,23 @@ Op = Callable[..., Tensor]
 
 
 def pack_offsets(lengths: Sequence[int]) -> Tensor:
-    """Return `[B + 1]` int64 offsets of packed sequences of the given lengths."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    """Return `[B + 1]` int64 offsets of packed sequences of the given lengths, on the CPU."""
+    return torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return standard normal values of a shape, the same for the same seed whatever the dtype."""
+    """Return standard normal values of a shape on the default device.
+
+    They are the same for the same seed, whatever the dtype and device.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    made = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return at_default(made.to(dtype))
+
+
+def at_default(tensor: Tensor) -> Tensor:
+    """Return a tensor on torch's default device, where tests of kernels draw their inputs."""
+    return tensor.to(torch.get_default_device())
 
 
 def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,7 +156,8 @@ def poisoned_memory() -> Iterator[None]:
     """
     was_on = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    # Warnings only: what a GPU has no deterministic form of does not matter here.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield

@@ -8,20 +8,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.logging import RichHandler
+
+from modaltune.testing import INTERPRET
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `shared` where the data is absent, unless CI demands the data."""
+    """Skip what this machine can't run: kernels, and tests of data that is absent.
+
+    Data that CI demands is not skipped, but a failure.
+    """
+    if not (INTERPRET or torch.cuda.is_available()):
+        _skip(items, "triton", "needs a GPU, or TRITON_INTERPRET=1")
     if SHARED.is_dir() or os.environ.get("MODALTUNE_REQUIRE_SHARED") == "1":
         return
-    reason = f"shared data folder not found at {SHARED.name}/ beside the checkout"
-    skip = pytest.mark.skip(reason=reason)
+    _skip(items, "shared", f"shared data folder not found at {SHARED.name}/ beside the checkout")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
-        if "shared" in item.keywords:
-            item.add_marker(skip)
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +55,14 @@ def _logging_as_before() -> Iterator[None]:
     _forget_command_line_logging()
     yield
     _forget_command_line_logging()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw the tensors of kernel tests on the GPU, unless the kernels are interpreted."""
+    if INTERPRET or "triton" not in request.keywords:
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,23 @@ from torch import Tensor
 
 from modaltune.kernels import extract
 from modaltune.kernels.extraction import triton_kernels
-from modaltune.testing import check_against_reference, normal, pack_offsets, run_with_gradients
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+from modaltune.testing import (
+    INTERPRET,
+    allowed_error,
+    at_default,
+    check_against_reference,
+    normal,
+    pack_offsets,
+    run_with_gradients,
 )
+
+pytestmark = pytest.mark.triton
 
 
 @pytest.fixture(autouse=True)
 def large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger blocks than shipped: the interpreter's time is per block."""
-    if request.function is test_shipped_blocks:
+    if request.function is test_shipped_blocks or not INTERPRET:
         return
     shipped = triton_kernels.config
 
@@ -144,7 +149,8 @@ def test_golden(shared_dir: Path, case: str) -> None:
     """The published weights and inputs around the kernel, in float32, against float64."""
     stem = shared_dir / "golden" / case
     meta = json.loads(stem.with_suffix(".json").read_text())
-    stored = {n: t.double() for n, t in load_file(stem.with_suffix(".safetensors")).items()}
+    stored = load_file(stem.with_suffix(".safetensors"))
+    stored = {n: at_default(t).double() for n, t in stored.items()}
     w = {n.removeprefix("weights/"): t for n, t in stored.items()}
     mha = {n.split("multihead_attn.")[1]: t for n, t in w.items() if n.startswith("attn.multi")}
     queries = F.layer_norm(
@@ -220,7 +226,8 @@ def test_writes_all_of_its_buffers_and_nothing_beside_them(
         assert torch.equal(first[name], second[name]), name
 
 
-def test_strided_inputs_give_the_same_bits() -> None:
+def test_strided_inputs_give_the_same_result() -> None:
+    """The same bits interpreted; a GPU compiles another program for another alignment."""
     lengths = [40, 17]
     inputs = make_inputs(lengths, 4, 24, 16, torch.float32)
     wide = normal(20, sum(lengths), 48, dtype=torch.float32)
@@ -231,7 +238,9 @@ def test_strided_inputs_give_the_same_bits() -> None:
         first = run_with_gradients(extract, dense, **how)
         second = run_with_gradients(extract, {**inputs, "x": x, "queries": queries}, **how)
         for name in first:
-            assert torch.equal(first[name], second[name]), name
+            off = float((first[name] - second[name]).abs().max())
+            steps = 0 if INTERPRET else 2 * BACKWARD_STEPS  # both are as far off as they may be
+            assert off <= allowed_error(first[name], first[name], torch.float32, steps), name
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -25,10 +24,7 @@ from modaltune.testing import (
     run_with_gradients,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 
 # As for the CPU path: rounded scores and log-sum-exp are read back. See test_gated_pooling.py.
 BACKWARD_STEPS = 9
@@ -216,5 +212,5 @@ def test_frozen_inputs_cost_nothing() -> None:
 def test_operators_and_autocast_take_the_kernels() -> None:
     inputs = make_inputs(30, 16, 16, 1, torch.float32)
     want = pooled_of(**cast(inputs, torch.bfloat16), impl="triton")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(pooled_of(**inputs, impl="triton"), want)

@@ -5,7 +5,6 @@ All of a folder: `TRITON_INTERPRET=1 modaltune golden DIR --impl triton`.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,7 @@ from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
 from modaltune.published_size import random_cases
 from modaltune.slide_encoders.longnet import LongNetConfig
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from modaltune.testing import INTERPRET
 
 # Every kind of module, and the published misalignment. Whole models of the files take minutes each
 # in the interpreter: the command above runs them, and a smaller one is run below.
@@ -39,7 +37,7 @@ CASES = (
 )
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.triton
 @pytest.mark.shared
 @pytest.mark.parametrize("case", CASES)
 def test_golden_through_the_kernels(shared_dir: Path, case: str) -> None:
@@ -59,13 +57,13 @@ def gradients(model: ModalTune, impl: str) -> dict[str, Tensor]:
     model.zero_grad()
     batch = random_cases(model, tiles=11, seed=5)
     dtype = model.modal_positions.dtype
-    out = model(batch.to("cpu", dtype))
+    out = model(batch.to(torch.get_default_device(), dtype))
     out.square().sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), **grads}
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.triton
 def test_a_whole_model_through_the_kernels() -> None:
     trunk = LongNetConfig(
         in_features=8,
@@ -99,7 +97,7 @@ def test_a_whole_model_through_the_kernels() -> None:
         assert error <= 2 * lost + 1e-5 * float(want.norm()) + 1e-6, (name, error, lost)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
+@pytest.mark.skipif(INTERPRET, reason="the interpreter is on")
 def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=r"must have a GPU, or TRITON_INTERPRET=1 .* got neither"):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from modaltune.kernels.grouped_mlp.triton_kernels import (
     launch_pathway_mlp_fwd,
 )
 from modaltune.testing import (
+    INTERPRET,
     cast,
     check_against_reference,
     normal,
@@ -28,16 +28,16 @@ from modaltune.testing import (
     run_with_gradients,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 
 FLOATS = ("expression", "weight1", "bias1", "weight2", "bias2")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Memberships around blocks of 16, 32 and 64, and the ends of the published table: 1 and 199 genes.
 SIZES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 199)
 FEW = (1, 17, 40)
+# The exponential of a GPU is off by up to two units in the last place (CUDA C++ Programming Guide,
+# intrinsic functions), and the gradient of ELU is a factor of it; interpreted it is NumPy's.
+GRADIENT_STEPS = 1 if INTERPRET else 3
 GUARD = 1 << 17  # elements before and after every buffer: more than a block can overrun
 
 
@@ -102,6 +102,7 @@ def test_loses_no_more_than_the_reference(
         make_inputs(sizes, cases, width),
         impl="triton",
         dtype=dtype,
+        gradient_steps=GRADIENT_STEPS,
         offsets=pack_offsets(sizes),
         dropout_p=p,
     )
@@ -203,7 +204,7 @@ def test_operators_and_autocast_take_the_kernels() -> None:
     inputs, offsets = make_inputs(FEW, 2, 16, dtype=torch.float32), pack_offsets(FEW)
     how = {"offsets": offsets, "impl": "triton"}
     want = pathway_mlp(**cast(inputs, torch.bfloat16), **how)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(pathway_mlp(**inputs, **how), want)
     torch.library.opcheck(
         torch.ops.modaltune.pathway_mlp_fwd.default,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from modaltune.kernels import inject
 from modaltune.testing import (
+    INTERPRET,
+    at_default,
     check_against_reference,
     normal,
     pack_offsets,
@@ -24,9 +25,7 @@ from modaltune.testing import (
     run_with_gradients,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start"
-)
+pytestmark = pytest.mark.triton
 
 HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 # One row, odd, around a block of 128 and of 16, several blocks and partial sums, and no row.
@@ -40,7 +39,7 @@ GRADIENT_STEPS = 4
 @pytest.fixture(autouse=True)
 def large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks (the interpreter's time is per block) and partial sums of 256 rows."""
-    if request.function is test_shipped_blocks_of_float32:
+    if request.function is test_shipped_blocks_of_float32 or not INTERPRET:
         return
     from modaltune.kernels.injection import triton_kernels
 
@@ -276,7 +275,8 @@ def test_golden(shared_dir: Path, case: str) -> None:
     """The published module with its projections folded: no worse than twice the reference."""
     stem = shared_dir / "golden" / case
     meta = json.loads(stem.with_suffix(".json").read_text())
-    stored = {n: t.double() for n, t in load_file(stem.with_suffix(".safetensors")).items()}
+    stored = load_file(stem.with_suffix(".safetensors"))
+    stored = {n: at_default(t).double() for n, t in stored.items()}
     w = {n.removeprefix("weights/"): t for n, t in stored.items()}
     mha = {n.split("multihead_attn.")[1]: t for n, t in w.items() if n.startswith("attn.multi")}
     bq, bk, bv = mha["in_proj_bias"].chunk(3)

@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 
 from modaltune.benchmarks import model_speed
 from modaltune.benchmarks.model_sides import SIDES, Workload, build_model
-from modaltune.benchmarks.model_speed import Measured, compare_answers, measure, row_of
+from modaltune.benchmarks.model_speed import (
+    Measured,
+    check_answers,
+    measure,
+    relative_errors,
+    row_of,
+)
 from modaltune.benchmarks.model_worker import Worker
 from modaltune.cli import app
 from modaltune.engine.errors import InputError
@@ -27,6 +33,7 @@ FACTS = {
     "packed_bytes": 2**20,
     "torch": "2",
     "threads": 2,
+    "name": None,
 }
 
 
@@ -49,8 +56,9 @@ def measured(work: Workload | None = None, **changes: Any) -> Measured:
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_both_sides_give_the_same_answers(mode: Any, tasks: int) -> None:
-    work = Workload(70, mode, tasks, "small")
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+def test_both_sides_give_the_same_answers(mode: Any, tasks: int, trunk: Any) -> None:
+    work = Workload(70, mode, tasks, "small", trunk)
     found = []
     for kind in SIDES.values():
         side = kind(work)
@@ -62,22 +70,25 @@ def test_both_sides_give_the_same_answers(mode: Any, tasks: int) -> None:
             before = answers["out"]
             assert not torch.equal(side.run(), before)  # the weights have moved
         found.append(answers)
-    errors = compare_answers(*found, is_training=mode == "train")
+    errors = check_answers(relative_errors(*found, is_training=mode == "train"))
     assert set(errors) == ({"outputs"} if mode == "forward" else {"outputs", "gradients"})
 
 
 def test_wrong_answers_are_refused() -> None:
     good = {"out": torch.ones(1, 3, 4), "grad/w": torch.ones(5)}
-    assert compare_answers(good, good, is_training=True) == {"outputs": 0.0, "gradients": 0.0}
+    errors = relative_errors(good, good, is_training=True)
+    assert check_answers(errors) == {"outputs": 0.0, "gradients": 0.0}
+    with pytest.raises(RuntimeError, match="a wrong result is not timed"):
+        check_answers({"outputs": 0.02}, {"outputs": 0.01})
     for name in good:
         wrong = {**good, name: good[name] * (1 + 1e-3)}
         with pytest.raises(RuntimeError, match="a wrong result is not timed"):
-            compare_answers(wrong, good, is_training=True)
+            check_answers(relative_errors(wrong, good, is_training=True))
     nan = {**good, "out": good["out"] * torch.nan}
     with pytest.raises(RuntimeError, match="a wrong result is not timed"):
-        compare_answers(nan, good, is_training=False)
+        check_answers(relative_errors(nan, good, is_training=False))
     with pytest.raises(RuntimeError, match=r"only one side has \['grad/w'\]"):
-        compare_answers({"out": good["out"]}, good, is_training=True)
+        relative_errors({"out": good["out"]}, good, is_training=True)
 
 
 def test_the_injectors_let_something_in() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from modaltune.kernels.position_embed.reference import position_rows_reference
 from modaltune.kernels.position_embed.triton_kernels import launch_position_embed_fwd
 from modaltune.testing import (
     RAGGED,
+    at_default,
     check_against_reference,
     normal,
     pack_offsets,
@@ -21,10 +21,7 @@ from modaltune.testing import (
     run_with_gradients,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs TRITON_INTERPRET=1",
-)
+pytestmark = pytest.mark.triton
 
 GUARD = 1 << 16  # elements before and after the output: more than a block can overrun
 EDGES = (14, 15, 16, 30, 31, 32, 33, 0)  # around blocks of 16 and 32 rows, the cls row included
@@ -38,7 +35,7 @@ def make_inputs(
     generator = torch.Generator().manual_seed(3)
     return {
         "x": normal(0, rows, width, dtype=dtype),
-        "cells": torch.randint(0, 1000, (rows, 2), generator=generator),
+        "cells": at_default(torch.randint(0, 1000, (rows, 2), generator=generator, device="cpu")),
         "cls_token": normal(1, width, dtype=dtype),
     }
 
@@ -105,7 +102,7 @@ def test_writes_the_output_and_nothing_beside_it(dtype: torch.dtype) -> None:
     assert buffer[:GUARD].isnan().all()
     assert buffer[-GUARD:].isnan().all()
     assert not out.isnan().any()
-    starts = offsets[:-1] + torch.arange(len(EDGES))
+    starts = offsets[:-1] + torch.arange(len(EDGES), device="cpu")
     assert torch.equal(out[starts], inputs["cls_token"].expand(len(EDGES), -1))
     with poisoned_memory():
         again = launch_position_embed_fwd(**inputs, offsets=offsets)

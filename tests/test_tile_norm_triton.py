@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from modaltune.kernels.tile_norm.api import normalize_tiles
 from modaltune.kernels.tile_norm.ops import empty_output, output_side, run_triton
-from modaltune.testing import allowed_error
+from modaltune.testing import allowed_error, at_default
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start"
-)
+pytestmark = pytest.mark.triton
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,7 +53,8 @@ def _tiles(n: int, height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
+        made = torch.randint(0, high, shape, generator=generator, dtype=torch.uint8, device="cpu")
+        return at_default(made)
 
     squares = draw(2, n, height // 5 + 1, width // 5 + 1, 3).mul(255)
     squares = squares.repeat_interleave(5, 1).repeat_interleave(5, 2)[:, :height, :width]

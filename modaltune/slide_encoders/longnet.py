@@ -167,7 +167,7 @@ class LongNet(SlideEncoder):
                 impl=self.impl,
             )
             x = F.dropout(x, self.config.dropout, self.training)
-        return SlideTokens(x, offsets + torch.arange(offsets.numel()))
+        return SlideTokens(x, offsets + torch.arange(offsets.numel(), device=offsets.device))
 
     def blocks(self, tokens: SlideTokens, first: int, last: int) -> SlideTokens:
         """See `SlideEncoder.blocks`."""
