@@ -187,9 +187,9 @@ def plot_results(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.set_axisbelow(True)
         for name, (colour, mark) in looks.items():
             axes.plot([], [], mark, color=colour, ms=7, label=name)
-        top = 1 - 0.85 / height
-        figure.subplots_adjust(left=0.24, right=0.97, top=top, bottom=0.55 / height)
         columns = min(len(names), 5) or 1
+        top = 1 - (0.65 + 0.2 * -(-len(names) // columns)) / height
+        figure.subplots_adjust(left=0.24, right=0.97, top=top, bottom=0.55 / height)
         if names:
             axes.legend(
                 loc="lower left", bbox_to_anchor=(-0.3, 1.0), ncol=columns, fontsize=9,
@@ -222,9 +222,9 @@ def _contenders(
         axes.plot(row["p50_ms"], y, mark, color=colour, ms=7, mec="white", mew=0.6, zorder=5)
         if ours is None:
             continue
-        said = (
-            f"{row['p50_ms']:.3g} ms" if row["impl"] == "ours" else f"{row['p50_ms'] / ours:.2f}×"
-        )
+        ratio = row["p50_ms"] / ours
+        times = f"{ratio:.2f}×" if ratio < 100 else f"{ratio:,.0f}×"
+        said = f"{row['p50_ms']:.3g} ms" if row["impl"] == "ours" else times
         axes.annotate(
             said, (max(row["p50_ms"], row["p80_ms"]), y), xytext=(7, 0), fontsize=7.5,
             textcoords="offset points", va="center", color=colour, path_effects=halo,

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from modaltune.kernels.roofline import DEVICES
+from modaltune.kernels.roofline import known_device
 
 # Prepares a run outside the timing (a forward pass, say) and returns what is timed.
 Prepare = Callable[[], Callable[[], Any]]
 MIB = 2**20
 _MIN_RUNS, _MAX_RUNS = 5, 100
-# Boards that share a chip's name, but not its peaks.
-_OTHER_BOARDS = ("PCIe", "NVL", "40GB", "RTX 4090 D", "Laptop")
+_LONGEST_SPIN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,32 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """CUDA events around a call that finds the L2 cold."""
+    """CUDA events around a call that finds the L2 cold, and the device busy until it is queued.
+
+    So the time is the device's; a call that takes the host longer than `_LONGEST_SPIN_S` to queue
+    has gaps in it.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(max(size, 64 * MIB), dtype=torch.int8, device=device)
+        facts = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(
+            max(2 * facts.L2_cache_size, 64 * MIB), dtype=torch.int8, device=device
+        )
         self._device = device
+        self._cycles_per_s = 1e3 * getattr(facts, "clock_rate", 2_000_000)
+        self._spin_s = 1e-3
 
     def time(self, run: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        torch.cuda._sleep(int(self._spin_s * self._cycles_per_s))
         start.record()
+        before = time.perf_counter()
         run()
+        host_s = time.perf_counter() - before
         end.record()
         torch.cuda.synchronize(self._device)
+        self._spin_s = min(max(self._spin_s, 1.5 * host_s), _LONGEST_SPIN_S)
         return start.elapsed_time(end) / 1e3
 
 
@@ -166,12 +177,11 @@ def roof_of(device: torch.device, dtype: torch.dtype) -> Roof | None:
     several copies of 256 MiB, read and write counted.
     """
     if device.type == "cuda":
-        named = torch.cuda.get_device_name(device)
-        for name, known in DEVICES.items():
-            if name in named and not any(other in named for other in _OTHER_BOARDS):
-                peak = known.half_flops if dtype.itemsize == 2 else known.tf32_flops
-                return Roof(peak, known.bytes_per_s, f"published peaks of {name}")
-        return None
+        known = known_device(torch.cuda.get_device_name(device))
+        if known is None:
+            return None
+        peak = known.half_flops if dtype.itemsize == 2 else known.tf32_flops
+        return Roof(peak, known.bytes_per_s, f"published peaks of {known.name}")
     x, weight = torch.randn(8192, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
     source = torch.ones(64 * MIB)
     target = torch.empty_like(source)

@@ -4,8 +4,9 @@ Nothing is shared, folded or fused beyond what a library call does: torch's line
 fused attention; gather, pad, fused attention (ATen's, with its log-sum-exp) and scatter for each
 branch of dilated attention; one small network after the other for 331 pathways; separate query, key
 and value projections; a full forward pass for each task, the outputs put together, then loss and
-backward, as published. Dropout is left out. It takes the weights of a `ModalTune` and gives the
-same numbers; it passes the golden files itself (`tests/test_literal_model.py`).
+backward, as published. Dropout is left out. Under the masks of a shared trunk (METHOD 8) it still
+runs a pass for each task. It takes the weights of a `ModalTune` and gives the same numbers; it
+passes the golden files itself (`tests/test_literal_model.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from modaltune.reference_import import model_rules, model_to_reference
 from modaltune.slide_encoders.longnet import LongNet
 from modaltune.targets import distillation_loss
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _NO_ATTENTION = -1e8
 _EPS = 1e-5
 
@@ -45,6 +45,7 @@ class Shape:
     cell_px: int
     tasks: int
     token_agg: str
+    hides_task: bool
     global_pool: bool
     gene_tokens: int
 
@@ -95,6 +96,7 @@ class LiteralModel:
             cell_px=trunk.cell_px,
             tasks=len(config.tasks),
             token_agg=config.token_agg,
+            hides_task=config.task_trunk == "shared",
             global_pool=config.global_pool,
             gene_tokens=0 if config.genes is None else config.genes.tokens,
         )
@@ -132,8 +134,8 @@ class LiteralModel:
         last = len(self.shape.interactions) - 1
         for n, (start, end) in enumerate(self.shape.interactions):
             if f"prompt_selfattention.{n}.norm.weight" in self.weights:
-                modal = self._self_attention(n, modal)
-            x = self._injector(n, x, modal)
+                modal = self._self_attention(n, modal, names)
+            x = self._injector(n, x, modal, names)
             x = torch.cat([cls_token, x], dim=1)
             for i in range(start, end + 1):
                 x = self._layer(i, x)
@@ -158,7 +160,8 @@ class LiteralModel:
         n, quarter = self.shape.grid_cells, self.weights["cls_token"].shape[-1] // 4
         cell = torch.div(positions_px, self.shape.cell_px, rounding_mode="floor").long()
         index = cell[:, 0] * n + cell[:, 1]
-        waves = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        steps = torch.arange(quarter, dtype=torch.float64, device=tiles.device)
+        waves = 10000.0 ** (-steps / quarter)
         angles = [at.double()[:, None] * waves for at in (index % n, index // n)]
         rows = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
         return (self._linear("patch_embed.proj", tiles) + rows.to(tiles.dtype)).unsqueeze(0)
@@ -214,8 +217,9 @@ class LiteralModel:
             names.append("clinical")
         if self.shape.tasks > 1:
             weight = self.weights["task_weight.0.weight"]
-            onehot = F.one_hot(torch.tensor([[task]]), self.shape.tasks).to(weight.dtype)
-            parts.append(self._norm("task_weight.1", self._linear("task_weight.0", onehot)))
+            onehot = torch.eye(self.shape.tasks, dtype=weight.dtype, device=weight.device)
+            token = self._linear("task_weight.0", onehot[None, task : task + 1])
+            parts.append(self._norm("task_weight.1", token))
             names.append("task")
         if "gene_cls" in self.weights:
             parts.append(self.weights["gene_cls"])
@@ -224,7 +228,9 @@ class LiteralModel:
         names += ["gene"] * self.shape.gene_tokens
         return torch.cat(parts, dim=1), names
 
-    def _attend(self, at: str, inner: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(
+        self, at: str, inner: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """METHOD 3.6: multi-head attention with its outer maps, `[1, L, D]` each."""
         has_outer = f"{at}q_proj.weight" in self.weights
         if has_outer:
@@ -237,13 +243,15 @@ class LiteralModel:
             F.linear(t, weight, bias).unflatten(-1, (self.shape.adapter_heads, -1)).transpose(1, 2)
             for t, weight, bias in zip((q, k, v), maps, biases, strict=True)
         )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         out = self._linear(f"{at}{inner}.out_proj", out)
         return self._linear(f"{at}output_proj", out) if has_outer else out
 
-    def _injector(self, n: int, x: Tensor, modal: Tensor) -> Tensor:
+    def _injector(self, n: int, x: Tensor, modal: Tensor, names: list[str]) -> Tensor:
         at = f"interactions.{n}.injector."
         kv = self._norm(f"{at}attn.norm_kq", modal) + self.weights["gene_pe"]
+        if self.shape.hides_task:
+            kv = kv[:, [i for i, name in enumerate(names) if name != "task"]]
         query = self._norm(f"{at}attn.norm", x)
         seen = x + self._attend(f"{at}attn.", "multihead_attn", query, kv, kv)
         return x + self.weights[f"{at}gamma"] * seen
@@ -258,11 +266,15 @@ class LiteralModel:
         hidden = F.relu(self._linear(f"{at}ffn.linear1", self._norm(f"{at}ffn.norm", modal)))
         return modal + self._linear(f"{at}ffn.linear2", hidden)
 
-    def _self_attention(self, n: int, modal: Tensor) -> Tensor:
+    def _self_attention(self, n: int, modal: Tensor, names: list[str]) -> Tensor:
         at = f"prompt_selfattention.{n}."
         normed = self._norm(f"{at}norm", modal)
         placed = normed + self.weights["gene_pe"]
-        return modal + self._attend(at, "self_attn", placed, placed, normed)
+        mask = None
+        if self.shape.hides_task:  # from all but itself
+            is_task = torch.tensor([name == "task" for name in names], device=modal.device)
+            mask = ~is_task[None, :] | is_task[:, None]
+        return modal + self._attend(at, "self_attn", placed, placed, normed, mask)
 
     def _head(self, cls_token: Tensor, x: Tensor, modal: Tensor, names: list[str]) -> Tensor:
         """METHOD 3.8."""
@@ -289,6 +301,18 @@ def dilated_attention(
     return merged
 
 
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ATen's fused attention and its log-sum-exp, `[B, H, m, d]` and `[B, H, m]`."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype.itemsize == 2:
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    else:  # flash attention takes 16 bits only; this one pads its log-sum-exp
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    return out, lse[..., : q.shape[2]]
+
+
 def _branch(q: Tensor, k: Tensor, v: Tensor, segment: int, ratio: int) -> tuple[Tensor, Tensor]:
     """Return one branch's output `[T, H, d]` and log-sum-exp `[T, H]`."""
     length, heads, dim = q.shape
@@ -307,6 +331,6 @@ def _branch(q: Tensor, k: Tensor, v: Tensor, segment: int, ratio: int) -> tuple[
         full.diagonal(dim1=2, dim2=3).copy_(t.permute(0, 3, 2, 4, 1))
         return full.view(n * m * ratio, ratio * per_group, -1)[:length, :heads]
 
-    out, lse = _flash(gather(q), gather(k), gather(v))
+    out, lse = _fused_attention(gather(q), gather(k), gather(v))
     lse = torch.where(lse == 0.0, _NO_ATTENTION, lse)
     return scatter(out, 0.0), scatter(lse, _NO_ATTENTION).squeeze(-1)

@@ -22,13 +22,22 @@ def model(
         Literal["published", "small"],
         typer.Option(help="Of the model; small is a toy to try the benchmark."),
     ] = "published",
+    trunk: Annotated[
+        Literal["separate", "shared"],
+        typer.Option(help="A pass for each task, or one for all; the rival has one for each."),
+    ] = "separate",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where both sides run.")] = "cpu",
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="bfloat16: both sides under autocast."),
+    ] = "float32",
     results: Annotated[
         Path | None,
         typer.Option(help="Folder of model_speed.csv. [default: benchmarks/results if it exists]"),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time the whole model on the CPU against the literal formulation of the method.
+    """Time the whole model against the literal formulation of the method.
 
     Both sides have the same random weights, 1,536-d tiles and 331 pathways. Their answers are
     compared first; different ones are not timed, and exit 1.
@@ -38,8 +47,9 @@ def model(
     from modaltune.benchmarks.model_speed import CSV_NAME, measure, row_of
 
     folder = results_folder(results)
+    work = Workload(tiles, mode, tasks, size, trunk, device, precision)
     try:
-        found = measure(Workload(tiles, mode, tasks, size), rounds).to_dict()
+        found = measure(work, rounds).to_dict()
     except RuntimeError as error:
         err_console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -34,12 +35,19 @@ class Workload:
             the sides can be compared.
         tasks: Task prompts, 1 to 3.
         size: `published`, or `small`: a toy that tries the benchmark itself.
+        trunk: `separate`, a pass for each task, or `shared`; the rival has a pass for each task
+            under the same masks.
+        where: `cpu` or `cuda`.
+        precision: Of products and attention: `float32`, or `bfloat16` by autocast, both sides.
     """
 
     tiles: int
     mode: Literal["forward", "train"] = "forward"
     tasks: int = 3
     size: Literal["published", "small"] = "published"
+    trunk: Literal["separate", "shared"] = "separate"
+    where: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for another process."""
@@ -60,9 +68,10 @@ def configuration(work: Workload) -> ModalTuneConfig:
     """Return the configuration of a workload's model."""
     tasks = PUBLISHED_TASKS[: work.tasks]
     if work.size == "published":
-        return ModalTuneConfig(tasks=tasks)
+        return ModalTuneConfig(tasks=tasks, task_trunk=work.trunk)
     return ModalTuneConfig(
         tasks=tasks,
+        task_trunk=work.trunk,
         slide_encoder=LongNetConfig(
             in_features=24,
             width=48,
@@ -98,18 +107,31 @@ def random_targets(work: Workload, model: ModalTune) -> Tensor:
     return F.normalize(rows, dim=-1)
 
 
-class _Base:
+class _Base(ABC):
     def __init__(self, work: Workload) -> None:
         self.work = work
-        self.model = build_model(work)
-        self.targets = random_targets(work, self.model)
-        self._cases = {work.tiles: random_cases(self.model, work.tiles)}
+        self.model = build_model(work).to(work.where)
+        self.targets = random_targets(work, self.model).to(work.where)
+        self._cases = {work.tiles: random_cases(self.model, work.tiles).to(work.where)}
 
     def _case(self, tiles: int | None) -> CaseBatch:
         count = self.work.tiles if tiles is None else tiles
         if count not in self._cases:
-            self._cases[count] = random_cases(self.model, count)
+            self._cases[count] = random_cases(self.model, count).to(self.work.where)
         return self._cases[count]
+
+    def run(self, tiles: int | None = None) -> Tensor:
+        """See `Side.run`."""
+        is_half = self.work.precision == "bfloat16"
+        with torch.autocast(self.work.where, torch.bfloat16, enabled=is_half):
+            out = self._run(self._case(tiles))
+        if self.work.where == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    @abstractmethod
+    def _run(self, batch: CaseBatch) -> Tensor:
+        """Compute the workload on a case."""
 
 
 class Ours(_Base):
@@ -120,9 +142,7 @@ class Ours(_Base):
         self._recipe = TrainConfig()
         self._optimizer = make_optimizer(self.model, self._recipe)
 
-    def run(self, tiles: int | None = None) -> Tensor:
-        """See `Side.run`."""
-        batch = self._case(tiles)
+    def _run(self, batch: CaseBatch) -> Tensor:
         if self.work.mode == "forward":
             with torch.inference_mode():
                 return self.model(batch)
@@ -149,9 +169,7 @@ class Rival(_Base):
             weight_decay=recipe.weight_decay,
         )
 
-    def run(self, tiles: int | None = None) -> Tensor:
-        """See `Side.run`."""
-        batch = self._case(tiles)
+    def _run(self, batch: CaseBatch) -> Tensor:
         if self.work.mode == "forward":
             with torch.inference_mode():
                 return self.literal(batch)

@@ -111,10 +111,21 @@ def _answers(side: Any, path: str) -> dict[str, Any]:
 def _peak(side: Any) -> dict[str, Any]:
     """Return the resident memory that a run needs beyond what was there before, in bytes."""
     gc.collect()
+    if side.work.where == "cuda":
+        return {"bytes": _gpu_peak(side)}
     is_reset = _reset_peak()
     before = _resident("VmRSS")
     side.run()
     return {"bytes": max(0, _resident("VmHWM") - before) if is_reset else None}
+
+
+def _gpu_peak(side: Any) -> int:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    side.run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _reset_peak() -> bool:
@@ -137,15 +148,20 @@ def _resident(name: str) -> int:
 def _rates(side: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from modaltune.machine_limits import measure_rates
+    import torch
 
-    return asdict(measure_rates(training=side.work.mode == "train"))
+    from modaltune.machine_limits import measure_gpu_rates, measure_rates
+
+    work, training = side.work, side.work.mode == "train"
+    if work.where == "cuda":
+        return asdict(measure_gpu_rates(getattr(torch, work.precision), training=training))
+    return asdict(measure_rates(training=training))
 
 
 def _profile(side: Any) -> dict[str, Any]:
     from modaltune.profiling import profile_run
 
-    found = profile_run(side.run, warmup=0)
+    found = profile_run(side.run, device=side.work.where, warmup=0)
     return {row.stage: row.seconds for row in found.stages}
 
 
@@ -153,16 +169,19 @@ def _facts(side: Any) -> dict[str, Any]:
     """Return the work to be done, and with what."""
     import torch
 
+    from modaltune.engine.device import device_facts
     from modaltune.kernels import packed_bytes, product_choice
     from modaltune.model_flops import count_flops
 
     work = side.work
+    on_gpu = work.where == "cuda"
     flops = count_flops(side.model, [work.tiles], tasks=work.tasks, training=work.mode == "train")
     return {
         "products": sum(one.products for one in flops.values()),
         "attention": sum(one.attention for one in flops.values()),
-        "library": product_choice().library,
-        "packed_bytes": packed_bytes(),
+        "library": "torch" if on_gpu else product_choice().library,
+        "packed_bytes": 0 if on_gpu else packed_bytes(),
+        "name": device_facts(work.where).name if on_gpu else None,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }

@@ -77,6 +77,10 @@ def profile(
         typer.Option(help="Run folder to profile. [default: published size, random weights]"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of products and attention; auto: bfloat16 on a GPU, float32 elsewhere."),
+    ] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for trace, table and picture.")] = Path(
         "modaltune-profile"
     ),
@@ -94,14 +98,21 @@ def profile(
     model = _model(run, device)
     out.mkdir(parents=True, exist_ok=True)
     training, tasks = mode == "train", len(model.config.tasks)
+    if precision == "auto":
+        precision = "bfloat16" if device.startswith("cuda") else "float32"
     if not as_json:
         err_console.print(f"profiling: {mode}, {tiles:,} tiles, {tasks} tasks, on {device} ...")
     found = report.profile_model(
-        model, tiles, training=training, device=device, trace=out / "trace.json"
+        model,
+        tiles,
+        training=training,
+        device=device,
+        precision=precision,
+        trace=out / "trace.json",
     )
     limit = report.limit_of(found.device, training=training)
     rows = report.stage_rows(found, report.stage_work(model, tiles, training=training), limit)
-    about = {"mode": mode, "tiles": tiles, "tasks": tasks}
+    about = {"mode": mode, "tiles": tiles, "tasks": tasks, "precision": precision}
     result = {
         **about,
         **found.to_dict(),

@@ -65,18 +65,49 @@ def measure_rates(rounds: int = 3, training: bool = True) -> Rates:
     """
     with torch.inference_mode():
         products = max(_product_rate(name, rounds) for name in product_libraries())
-    rates = [_attention_rates(run, rounds, training) for run in (_fused, _ours)]
+    rates = [_attention_rates(run, rounds, training, _heads()) for run in (_fused, _ours)]
     attention, both = (max(values) for values in zip(*rates, strict=True))
     return Rates(products, attention, both if training else attention)
 
 
-def _attention_rates(run: _Attention, rounds: int, training: bool) -> tuple[float, float]:
+def measure_gpu_rates(dtype: torch.dtype, rounds: int = 10, training: bool = True) -> Rates:
+    """Measure what this GPU does at best: cuBLAS products, and torch's fused attention or ours.
+
+    Args:
+        dtype: Of the products and the attention.
+        rounds: Of each.
+        training: Measure attention's backward pass, too.
+    """
+    with torch.inference_mode():
+        rates = []
+        for rows, inner, outer in _PRODUCTS:
+            x = torch.randn(16 * rows, inner, device="cuda", dtype=dtype)
+            weight = torch.randn(outer, inner, device="cuda", dtype=dtype)
+            seconds = _best(lambda x=x, weight=weight: _done(F.linear(x, weight)), rounds)  # type: ignore[misc]
+            rates.append(2.0 * x.numel() * outer / seconds)
+    shape = (8 * _ATTENTION[0], *_ATTENTION[1:])
+    heads = tuple(torch.randn(*shape, device="cuda", dtype=dtype) for _ in range(3))
+    attention = [
+        _attention_rates(lambda q, k, v, run=run: _done(run(q, k, v)), rounds, training, heads)  # type: ignore[misc]
+        for run in (_fused, _ours)
+    ]
+    forward, both = (max(values) for values in zip(*attention, strict=True))
+    return Rates(max(rates), forward, both if training else forward)
+
+
+def _done(result: Tensor) -> Tensor:
+    torch.cuda.synchronize()
+    return result
+
+
+def _attention_rates(
+    run: _Attention, rounds: int, training: bool, heads: tuple[Tensor, ...]
+) -> tuple[float, float]:
     """Return the rates forward, and forward and backward together (0 unless `training`)."""
-    heads = _heads()
     flops = 4.0 * heads[0].shape[0] ** 2 * heads[0].shape[1] * heads[0].shape[2]
     with torch.inference_mode():
         forward = flops / _best(lambda: run(*heads), rounds)
-    return forward, 3 * flops / _best(lambda: _back(run), rounds) if training else 0.0
+    return forward, 3 * flops / _best(lambda: _back(run, heads), rounds) if training else 0.0
 
 
 def _product_rate(library: str, rounds: int) -> float:
@@ -112,7 +143,9 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return dilated_attention(q, k, v, segment_lengths=(q.shape[0],), dilation_ratios=(1,))
 
 
-def _back(run: _Attention) -> None:
-    inputs = tuple(t.requires_grad_() for t in _heads())
+def _back(run: _Attention, heads: tuple[Tensor, ...]) -> None:
+    inputs = tuple(t.detach().requires_grad_() for t in heads)
     out = run(*inputs)
     torch.autograd.grad(out, inputs, torch.ones_like(out))
+    if out.device.type == "cuda":
+        torch.cuda.synchronize()

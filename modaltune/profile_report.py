@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from modaltune.engine.atomic import atomic_path
 from modaltune.engine.device import DeviceFacts
 from modaltune.errors import InputError
-from modaltune.kernels.roofline import DEVICES
+from modaltune.kernels.roofline import known_device
 from modaltune.machine_limits import Rates, measure_rates
 from modaltune.model import ModalTune
 from modaltune.model_flops import Work, count_flops
@@ -57,6 +58,7 @@ def profile_model(
     *,
     training: bool,
     device: str = "cpu",
+    precision: str = "float32",
     trace: Path | None = None,
 ) -> Profile:
     """Profile all task prompts of one random case: a forward pass, or one AdamW step.
@@ -66,14 +68,19 @@ def profile_model(
         tiles: Tiles of the case.
         training: A training step instead of a forward pass in evaluation mode.
         device: Where the model lies.
+        precision: `float32`, or `bfloat16` or `float16` by autocast.
         trace: File for the Chrome trace.
     """
     batch = random_cases(model, tiles).to(device)
+    mixed = partial(
+        torch.autocast, torch.device(device).type, getattr(torch, precision),
+        enabled=precision != "float32",
+    )  # fmt: skip
     model.train(training)
     if not training:
 
         def forward() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), mixed():
                 model(batch)
 
         return profile_run(forward, device=device, trace=trace)
@@ -83,9 +90,12 @@ def profile_model(
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(shape, generator=generator)
     targets = F.normalize(targets, dim=-1).to(device)
-    return profile_run(
-        lambda: train_step(model, optimizer, batch, targets, recipe), device=device, trace=trace
-    )
+
+    def step() -> None:
+        with mixed():
+            train_step(model, optimizer, batch, targets, recipe)
+
+    return profile_run(step, device=device, trace=trace)
 
 
 def stage_work(model: ModalTune, tiles: int, *, training: bool) -> dict[str, Work]:
@@ -109,11 +119,10 @@ def limit_of(facts: DeviceFacts, *, training: bool) -> Limit | None:
     """Return the limit of a device: measured now on a CPU, of the data sheet on a known GPU."""
     if facts.kind == "cpu":
         return Limit(measure_rates(rounds=7, training=training), "measured in this run")
-    for device in DEVICES.values():
-        if device.name in facts.name:
-            rates = Rates(*[device.half_flops] * 3)
-            return Limit(rates, f"data sheet of {device.name}, 16-bit products")
-    return None
+    known = known_device(facts.name)
+    if known is None:
+        return None
+    return Limit(Rates(*[known.half_flops] * 3), f"data sheet of {known.name}, 16-bit products")
 
 
 def stage_rows(
