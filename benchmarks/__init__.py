@@ -1,1 +1,6 @@
 """Benchmarks: one file per kernel and one per stage; every figure in a document is a row here."""
+
+import os
+
+# As the command line does (modaltune/cli.py), for benchmarks that are run by themselves.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")

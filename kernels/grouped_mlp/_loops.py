@@ -23,6 +23,7 @@ import numpy as np
 from modaltune.kernels._philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 CASES = 64  # cases at a time: their hidden units (64 KiB at d = 256) and W2 share a core's L2
+HIDDEN = 2**17  # hidden units of as many pathways and cases stay there between the layers
 _REORDERED = {"contract", "reassoc", "nsz"}
 _SMALLEST = np.float32(-18.0)  # e^-18 is less than half a step below 1
 _PART = np.float32(1 / 32)
@@ -85,28 +86,43 @@ def _dots_of_four(a0, a1, a2, a3, b, k, out, r):
 
 
 @compiled
+def _dots_of_one(row, b, n_b, out):
+    """Set out[k] to row . b[k], from four places of b at once.
+
+    One row is bound by memory: four places lie in four pages, whose first bytes are waited for
+    together.
+    """
+    far = n_b // 4
+    for k in range(far):
+        b0, b1, b2, b3 = b[k], b[k + far], b[k + 2 * far], b[k + 3 * far]
+        s0 = s1 = s2 = s3 = row.dtype.type(0)
+        for j in range(row.size):
+            u = row[j]
+            s0, s1, s2, s3 = s0 + u * b0[j], s1 + u * b1[j], s2 + u * b2[j], s3 + u * b3[j]
+        out[k], out[k + far], out[k + 2 * far], out[k + 3 * far] = s0, s1, s2, s3
+    for k in range(4 * far, n_b):
+        last, s0 = b[k], row.dtype.type(0)
+        for j in range(row.size):
+            s0 += row[j] * last[j]
+        out[k] = s0
+
+
+@compiled
 def _dots(a, b, out, n_a, n_b):
     """Set out[r, k] to a[r] . b[k]."""
     whole_a, whole_b = n_a // 4 * 4, n_b // 4 * 4
     for k in range(0, whole_b, 4):
         for r in range(0, whole_a, 4):
             _dots_of_four(a[r], a[r + 1], a[r + 2], a[r + 3], b, k, out, r)
-        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        for r in range(whole_a, n_a):
-            row = a[r]
-            s0 = s1 = s2 = s3 = row.dtype.type(0)
-            for j in range(row.size):
-                u = row[j]
-                s0, s1, s2, s3 = s0 + u * b0[j], s1 + u * b1[j], s2 + u * b2[j], s3 + u * b3[j]
-            out[r, k], out[r, k + 1], out[r, k + 2], out[r, k + 3] = s0, s1, s2, s3
     for k in range(whole_b, n_b):
         last = b[k]
-        for r in range(n_a):
-            row = a[r]
-            s0 = row.dtype.type(0)
+        for r in range(whole_a):
+            row, s0 = a[r], last.dtype.type(0)
             for j in range(row.size):
                 s0 += row[j] * last[j]
             out[r, k] = s0
+    for r in range(whole_a, n_a):
+        _dots_of_one(a[r], b, n_b, out[r])
 
 
 @compiled
@@ -165,16 +181,14 @@ def _pull(grads, activations, gone, scale):
 
 
 @compiled
-def _layers(
-    x, case, n_cases, genes, start, end, weight1, bias1, weight2, bias2,
-    members, hidden, kept, final, gone1, gone2, draw,
-):  # fmt: skip
-    """Run one pathway on cases case to case + n_cases - 1, up to the second ELU.
+def _first_layer(
+    x, case, n_cases, genes, start, end, weight1, bias1, members, hidden, kept, gone1, gone2, draw
+):
+    """Run layer 1 of one pathway on cases case to case + n_cases - 1.
 
     Sets members (its genes, `[case, gene]`), hidden (first ELU), kept (hidden after dropout; may be
-    the same array), final (second ELU) and, under dropout, the units gone after each.
+    the same array) and, under dropout, the units gone after each ELU.
     """
-    is_single = weight1.itemsize == 4
     seed, unit, threshold, scale, shift, dropped = draw
     for r in range(n_cases):
         for m in range(start, end):
@@ -182,15 +196,20 @@ def _layers(
         hidden[r] = bias1
     _add_rows(members, weight1[start:end], hidden, n_cases, end - start)
     for r in range(n_cases):
-        _elu(hidden[r], is_single)
+        _elu(hidden[r], weight1.itemsize == 4)
         kept[r] = hidden[r]
         if threshold > 0:
             _draw(seed, unit, case + r, threshold, gone1[r], gone2[r])
             _drop(kept[r], gone1[r], scale, shift, dropped)
+
+
+@compiled
+def _second_layer(kept, weight2, bias2, final, n_cases):
+    """Set final to the second ELU of one pathway."""
     _dots(kept, weight2, final, n_cases, weight2.shape[0])
     for r in range(n_cases):
         final[r] += bias2
-        _elu(final[r], is_single)
+        _elu(final[r], weight2.itemsize == 4)
 
 
 @compiled
@@ -206,23 +225,36 @@ def _scratch(x, offsets, width, dtype):
 def forward(
     x, genes, offsets, weight1, bias1, weight2, bias2, out, first, last, seed, threshold, affine
 ):
-    """Run pathways first to last - 1 into out `[B, P, d]`."""
+    """Run pathways first to last - 1 into out `[B, P, d]`.
+
+    Layer by layer over as many pathways as the cache keeps hidden units of: the weights of a layer
+    come in one stream.
+    """
     total, width = x.shape[0], bias1.shape[1]
     scale, shift, dropped = affine
-    members, units, gone = _scratch(x, offsets, width, weight1.dtype)
-    hidden, final = units[0], units[1]
-    for p in range(first, last):
-        draw = (seed, p * width, threshold, scale, shift, dropped)
-        for case in range(0, total, CASES):
-            n = min(CASES, total - case)
-            _layers(
-                x, case, n, genes, offsets[p], offsets[p + 1], weight1, bias1[p], weight2[p],
-                bias2[p], members, hidden, hidden, final, gone[0], gone[1], draw,
-            )  # fmt: skip
-            for r in range(n):
-                if threshold > 0:
-                    _drop(final[r], gone[1, r], scale, shift, dropped)
-                out[case + r, p] = final[r]
+    members, units, marks = _scratch(x, offsets, width, weight1.dtype)
+    final, gone1 = units[0], marks[0]
+    block = min(total, CASES)
+    together = max(min(HIDDEN // max(block * width, 1), last - first), 1)
+    hidden = np.empty((together, block, width), weight1.dtype)
+    gone2 = np.zeros((together if threshold > 0 else 1, block, width), np.bool_)
+    for case in range(0, total, CASES):
+        n = min(CASES, total - case)
+        for some in range(first, last, together):
+            end = min(some + together, last)
+            for p in range(some, end):
+                here = hidden[p - some]
+                _first_layer(
+                    x, case, n, genes, offsets[p], offsets[p + 1], weight1, bias1[p], members,
+                    here, here, gone1, gone2[(p - some) % gone2.shape[0]],
+                    (seed, p * width, threshold, scale, shift, dropped),
+                )  # fmt: skip
+            for p in range(some, end):
+                _second_layer(hidden[p - some], weight2[p], bias2[p], final, n)
+                for r in range(n):
+                    if threshold > 0:
+                        _drop(final[r], gone2[p - some, r], scale, shift, dropped)
+                    out[case + r, p] = final[r]
 
 
 @compiled
@@ -264,10 +296,11 @@ def backward(
         draw = (seed, p * width, threshold, scale, shift, dropped)
         for case in range(0, total, CASES):
             n = min(CASES, total - case)
-            _layers(
-                x, case, n, genes, start, end, weight1, bias1[p], weight2[p], bias2[p],
-                members, hidden, kept, final, gone[0], gone[1], draw,
+            _first_layer(
+                x, case, n, genes, start, end, weight1, bias1[p], members, hidden, kept,
+                gone[0], gone[1], draw,
             )  # fmt: skip
+            _second_layer(kept, weight2[p], bias2[p], final, n)
             for r in range(n):
                 grad[r] = pulled[case + r, p]
                 _pull(grad[r], final[r], gone[1, r], scale)

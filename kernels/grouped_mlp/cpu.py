@@ -6,6 +6,7 @@ and no `[P, B, d]` array exists between the layers. Half precision is computed i
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -17,20 +18,25 @@ from torch import Tensor
 from modaltune.kernels.grouped_mlp._dropout import AlphaDropout
 
 _SHARES_PER_THREAD = 4  # a thread that the machine holds up leaves its share to the others
+# Multiplications that are worth a thread. Unless told to sleep, torch's own threads spin for
+# milliseconds after each of its operations: one that starts beside them costs a single case more
+# than it brings.
+_WORK_PER_THREAD = 2**23 if os.environ.get("GOMP_SPINCOUNT") == "0" else 2**25
 
 
-def _in_threads(run: Callable[[int, int], None], offsets: Tensor, width: int) -> None:
+def _in_threads(run: Callable[[int, int], None], offsets: Tensor, width: int, cases: int) -> None:
     """Call `run(first, last)` over all pathways, shares of like size side by side on threads.
 
     Plain threads around loops that hold no GIL, not numba's parallel=True: numba's thread pools end
     the process when they meet a fork or a second calling thread.
     """
     pathways = offsets.numel() - 1
-    threads = min(torch.get_num_threads(), pathways)
+    rows = offsets + torch.arange(pathways + 1) * width  # rows of both layers before a pathway
+    worth = cases * width * int(rows[-1]) // _WORK_PER_THREAD
+    threads = min(torch.get_num_threads(), pathways, worth)
     if threads <= 1:
         run(0, pathways)
         return
-    rows = offsets + torch.arange(pathways + 1) * width  # rows of both layers before a pathway
     shares = min(threads * _SHARES_PER_THREAD, pathways)
     cuts = torch.searchsorted(rows, torch.arange(1, shares) * int(rows[-1]) // shares).tolist()
     edges = [0, *cuts, pathways]
@@ -93,7 +99,7 @@ def pathway_mlp_cpu_fwd(
         _loops.forward(*given, target, first, last, seed, threshold, affine)
 
     if out.numel():
-        _in_threads(run, offsets, bias1.shape[1])
+        _in_threads(run, offsets, bias1.shape[1], len(x))
     return out.to(expression.dtype)
 
 
@@ -130,7 +136,7 @@ def pathway_mlp_cpu_bwd(
         _loops.backward(*given, first, last, seed, threshold, affine)
 
     if any(needs):
-        _in_threads(run, offsets, bias1.shape[1])
+        _in_threads(run, offsets, bias1.shape[1], len(x))
     if needs[0]:
         by_gene = exact.new_zeros(exact.shape)
         grads[0] = by_gene.index_add_(1, gene_index.long(), grads[0])
