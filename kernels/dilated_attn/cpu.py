@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
 PRODUCT = _find_product()
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T of two matrices."""
+    return a @ b.t()
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b^T `[n, M, N]` of `[n, M, K]` and `[n, N, K]`."""
     if PRODUCT is not None and a.dtype == torch.float32 and a.shape[0] == 1:
@@ -61,11 +67,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _is_safe(q: Tensor, k: Tensor, scale_log2: float) -> bool:
-    """Whether no score of `[L, H, d]` queries and keys, to base 2, can exceed _SAFE_SCORE."""
+def _safe_heads(q: Tensor, k: Tensor, offsets: Tensor, scale_log2: float) -> dict[int, list[bool]]:
+    """Whether no score of `[N, H, d]` queries and keys, to base 2, can exceed _SAFE_SCORE.
+
+    Returns:
+        For every head, by the first row of a sequence.
+    """
     exact = accumulation_dtype(q.dtype)
-    longest = [torch.linalg.vector_norm(t, dim=-1, dtype=exact).amax(0) for t in (q, k)]  # [H]
-    return float((longest[0] * longest[1]).amax()) * abs(scale_log2) <= _SAFE_SCORE
+    norms = [torch.linalg.vector_norm(t, dim=-1, dtype=exact) for t in (q, k)]  # [N, H]
+    found = {}
+    for start, end in pairwise(offsets.tolist()):
+        if start < end:
+            longest = [t[start:end].amax(0) for t in norms]  # [H]
+            is_safe = longest[0] * longest[1] * abs(scale_log2) <= _SAFE_SCORE
+            found[start] = is_safe.tolist()
+    return found
 
 
 def _copied(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,6 +138,22 @@ def _attend(pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sum
         sums.add(rows, _product(weights, values.transpose(1, 2)), total, top)
 
 
+def _attend_one(
+    pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, acc: Tensor, total: Tensor
+) -> None:
+    """Do what `_attend` does for one segment and head without a shift: `[places, d]` each.
+
+    In as few calls as can be. Threads share Python's lock between their calls, and short pieces
+    lost more time to it than to arithmetic.
+    """
+    queries, keys, values = q * scale, k.contiguous(), v.contiguous().t()
+    product = PRODUCT if PRODUCT is not None and q.dtype == torch.float32 else _matmul
+    for rows in blocks(1, keys.shape[0]):
+        weights = product(queries[rows], keys).exp2_()  # [rows, places]
+        total[rows].add_(weights.sum(-1, keepdim=True).add_(pads))
+        acc[rows].add_(product(weights, values))
+
+
 def _attend_alone(scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
     """Add rows whose softmax has one key; a score of 0 counts as no attention, as published."""
     exact = sums.acc.dtype
@@ -151,14 +183,19 @@ def _forward(
     pieces: list[Piece],
     branches: int,
     scale: float,
+    is_safe: bool,
 ) -> None:
     """Fill out `[L, h, d]` and lse `[L, h, 1]`, to base 2, of some heads of a sequence."""
     exact = lse.dtype
     acc = out.zero_() if out.dtype == exact else torch.zeros(out.shape, dtype=exact)
     total = torch.zeros_like(lse)
-    top = None if _is_safe(q, k, scale) else torch.full_like(lse, _LOWEST)
+    top = None if is_safe else torch.full_like(lse, _LOWEST)
     for piece in pieces:
         for chunk in chunks(piece):
+            if is_safe and chunk.is_one and not piece.is_lone and q.dtype == exact:
+                given = (chunk.rows(t) for t in (q, k, v, acc, total))
+                _attend_one(piece.pads, scale, *given)
+                continue
             here = (chunk.view(q), chunk.view(k), chunk.view(v))
             our_top = None if top is None else chunk.view(top)
             sums = _Sums(chunk.view(acc), chunk.view(total), our_top)
@@ -170,8 +207,10 @@ def _forward(
     if top is not None:
         lse.add_(top)
     acc.div_(total)
-    is_bare = total == 0.0
-    if bool(is_bare.any()):
+    # A branch that visits every row with more than one key leaves none without attention.
+    dense = [piece.is_lone for piece in pieces if piece.ratio == 1]
+    is_bare = total == 0.0 if not dense or any(dense) else None
+    if is_bare is not None and bool(is_bare.any()):
         # No branch has attention here: they weigh alike, those that skip the row included.
         share = _visits(lse, pieces) / branches
         acc.copy_(torch.where(is_bare, v * share, acc))
@@ -195,10 +234,12 @@ def dilated_attn_cpu_fwd(
     lse = torch.empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q.dtype))
     rows_lse = lse.t().unsqueeze(-1)  # [N, H, 1]
     count = len(branches[0])
+    safe = _safe_heads(q, k, offsets, scale * _LOG2E)
     work = []
     for at, pieces in tasks(offsets, q.shape[1], branches):
         here = (q[at], k[at], v[at], out[at], rows_lse[at])
-        work.append(partial(_forward, *here, pieces, count, scale * _LOG2E))
+        is_safe = all(safe[at[0].start][at[1]])
+        work.append(partial(_forward, *here, pieces, count, scale * _LOG2E, is_safe))
     run_tasks(work)
     return out, lse
 
@@ -281,9 +322,9 @@ def _backward(
     pieces: list[Piece],
     branches: int,
     scale: float,
+    is_safe: bool,
 ) -> None:
     """Fill the gradients of some heads of a sequence, which are zero."""
-    is_safe = _is_safe(inputs[0], inputs[1], scale * _LOG2E)
     for piece in pieces:
         for chunk in chunks(piece):
             *given, lse_here = (chunk.view(t) for t in (*inputs, lse))
@@ -308,10 +349,12 @@ def dilated_attn_cpu_bwd(
     """Return the gradients of those of q, k and v that `needs` names, `[N, H, d]`."""
     found = [torch.zeros(q.shape, dtype=lse.dtype) if need else None for need in needs]
     inputs, rows_lse = (q, k, v, grad_out), lse.t().unsqueeze(-1)
+    safe = _safe_heads(q, k, offsets, scale * _LOG2E)
     work = []
     for at, pieces in tasks(offsets, q.shape[1], branches):
         grads = [None if t is None else t[at] for t in found]
         here = [t[at] for t in inputs]
-        work.append(partial(_backward, here, rows_lse[at], grads, pieces, len(branches[0]), scale))
+        rest = (pieces, len(branches[0]), scale, all(safe[at[0].start][at[1]]))
+        work.append(partial(_backward, here, rows_lse[at], grads, *rest))
     run_tasks(work)
     return [t.to(q.dtype) for t in found if t is not None]
