@@ -1,7 +1,8 @@
 """The ragged pathway networks on the CPU: compiled loops, pathways shared out among threads.
 
 As many pathways as the cache holds hidden units of go through a layer together, so its weights come
-from memory once and no `[P, B, d]` array exists between the layers. Half precision is computed in float32.
+from memory once and no `[P, B, d]` array exists between the layers. Half precision is computed in
+float32.
 """
 
 from __future__ import annotations
