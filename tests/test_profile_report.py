@@ -119,15 +119,19 @@ def test_rows_table_and_picture(tmp_path: Path) -> None:
     assert "The 3 operators" in text_of(operator_table(found, 3))
 
 
-def test_the_command_writes_trace_table_and_picture(model: ModalTune, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_the_command_writes_trace_table_and_picture(
+    model: ModalTune, tmp_path: Path, precision: str
+) -> None:
     run = save_run(tmp_path / "run", Run(model, Preprocessing(TileRecipe(12))))
     out = tmp_path / "out"
     arguments = ["profile", "--run", str(run), "--tiles", "30", "--out", str(out), "--json"]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(app, [*arguments, "--precision", precision])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told == json.loads((out / "profile.json").read_text())
     assert (told["mode"], told["tiles"], told["tasks"]) == ("forward", 30, 3)
+    assert told["precision"] == ("float32" if precision == "auto" else "bfloat16")
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
     assert (out / "stages.png").stat().st_size > 0
 
