@@ -54,9 +54,10 @@ TINY = ModalTuneConfig(
     out_features=16,
 )
 
-# Where several graphs are kept at once, the C library can't give back what is freed between them:
-# 0.82 to 0.85 of what processes took was live (3 blocks, 1,000 and 2,000 tiles, glibc).
-_JOINT_HOLES = 0.12
+# glibc keeps what is freed below a block in use, unless the block is of 32 MB or more. In training
+# that comes to about 5 activations per block of the encoder and graph kept: a measurement
+# (published size, 1,000 to 4,000 tiles; with every block of 4 MB or more apart there are none).
+_HOLES_PER_BLOCK, _KEPT_BELOW = 5, 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,15 @@ class MemoryPlan:
         fixed += 2 * self.tuned  # both moments of AdamW
         step = self.tuned + 2 * self.largest  # gradients, and two tensors of the update
         whole = (fixed + max(self.activations(setting), step)) / 2**20
-        has_holes = setting.task_backward == "joint" and setting.passes(self.tasks) > 1
-        return whole * (1 + _JOINT_HOLES * (has_holes and not self.is_gpu))
+        return whole + self._holes(setting) / 2**20
+
+    def _holes(self, setting: Setting) -> float:
+        """Return the bytes that the C library keeps beside what is in use in a training step."""
+        row = self.parts.tokens.at(self.tiles)
+        if self.is_gpu or row >= _KEPT_BELOW:
+            return 0.0
+        kept = setting.passes(self.tasks) if setting.task_backward == "joint" else 1
+        return kept * self.blocks_run * _HOLES_PER_BLOCK * row
 
     def activations(self, setting: Setting) -> float:
         """Return the most bytes at once beside weights, inputs and the optimiser's moments.
