@@ -196,6 +196,8 @@ def _check(work: Workload, rounds: int) -> None:
             "--tiles and --rounds must be at least 1 and --tasks 1 to 3, got "
             f"{work.tiles}, {rounds} and {work.tasks}"
         )
+    if work.where == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device must be cpu on a machine without a GPU, got cuda")
     if work.mode == "forward" or work.size == "small":
         return
     needed = work.tiles * work.tasks * _RIVAL_ROWS * _BYTES_PER_ROW

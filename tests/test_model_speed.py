@@ -133,6 +133,9 @@ def test_rates_are_joined_and_the_pin_is_left_alone() -> None:
 def test_nonsense_and_too_little_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="--tasks 1 to 3, got 5, 1 and 4"):
         measure(Workload(5, tasks=4), 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="must be cpu on a machine without a GPU, got cuda"):
+        measure(Workload(5, where="cuda"), 1)
     monkeypatch.setattr(model_speed, "free_bytes", lambda device: 2.0**30)
     with pytest.raises(InputError, match=r"about 1[0-9] GiB for a training step, got 1 GiB"):
         measure(Workload(4000, "train"), 1)
