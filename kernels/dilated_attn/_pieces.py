@@ -49,17 +49,6 @@ class Piece(NamedTuple):
             t.storage_offset() + (self.start + self.group) * row + self.heads.start * head,
         )
 
-    @property
-    def is_one(self) -> bool:
-        """Whether it is one segment of one head."""
-        return self.segments == 1 and self.heads.stop - self.heads.start == 1
-
-    def rows(self, t: Tensor) -> Tensor:
-        """Return the rows of one segment and head of `[L, H, d]` as a view `[places, d]`."""
-        row, head, column = t.stride()
-        at = t.storage_offset() + (self.start + self.group) * row + self.heads.start * head
-        return t.as_strided((self.places, t.shape[2]), (self.ratio * row, column), at)
-
 
 def _of_sequence(length: int, heads: int, task: slice, branches: Branches) -> Iterator[Piece]:
     """Yield the pieces of some heads of a sequence, whose tensors start with the first of these.

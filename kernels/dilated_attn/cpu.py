@@ -14,8 +14,9 @@ The backward pass computes the scores again, with the merge weights alpha as con
     dS_ij = P_ij (do_i . v_j - delta_ib)   delta_ib = sum_{j in b(i)} P_ij (do_i . v_j) / alpha_ib
     dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
 
-What makes it fast is oneDNN's products, twice as fast as those inside ATen's fused attention on an
-AMD processor, and exp2, which is four times as fast as exp there.
+The forward pass runs in compiled loops (`_branch_loops`) where no score needs a shift. The rest is
+oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor, and
+exp2, which is four times as fast as exp there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,11 +50,6 @@ def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 PRODUCT = _find_product()
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T of two matrices."""
-    return a @ b.t()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -138,20 +135,24 @@ def _attend(pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sum
         sums.add(rows, _product(weights, values.transpose(1, 2)), total, top)
 
 
-def _attend_one(
-    pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, acc: Tensor, total: Tensor
+def _attend_in_loops(
+    pieces: list[Piece],
+    scale: float,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    acc: Tensor,
+    total: Tensor,
 ) -> None:
-    """Do what `_attend` does for one segment and head without a shift: `[places, d]` each.
+    """Do what `_attend` does for pieces whose scores need no shift, `[L, h, d]`, in one call."""
+    # Here: numba takes as long to import as all the rest, and only this path needs it.
+    from modaltune.kernels.dilated_attn import _branch_loops
 
-    In as few calls as can be. Threads share Python's lock between their calls, and short pieces
-    lost more time to it than to arithmetic.
-    """
-    queries, keys, values = q * scale, k.contiguous(), v.contiguous().t()
-    product = PRODUCT if PRODUCT is not None and q.dtype == torch.float32 else _matmul
-    for rows in blocks(1, keys.shape[0]):
-        weights = product(queries[rows], keys).exp2_()  # [rows, places]
-        total[rows].add_(weights.sum(-1, keepdim=True).add_(pads))
-        acc[rows].add_(product(weights, values))
+    rows = [
+        (p.start, p.segments, p.length, p.ratio, p.group, p.heads.start, p.heads.stop, p.pads)
+        for p in pieces
+    ]
+    if rows:
+        arrays = [t.to(acc.dtype).numpy() for t in (*inputs, acc, total.squeeze(-1))]
+        _branch_loops.attend_pieces(*arrays, np.array(rows), np.float32(scale))
 
 
 def _attend_alone(scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
@@ -190,12 +191,11 @@ def _forward(
     acc = out.zero_() if out.dtype == exact else torch.zeros(out.shape, dtype=exact)
     total = torch.zeros_like(lse)
     top = None if is_safe else torch.full_like(lse, _LOWEST)
-    for piece in pieces:
+    is_looped = is_safe and exact == torch.float32 and q.shape[-1] % 4 == 0
+    if is_looped:
+        _attend_in_loops([p for p in pieces if not p.is_lone], scale, (q, k, v), acc, total)
+    for piece in pieces if not is_looped else [p for p in pieces if p.is_lone]:
         for chunk in chunks(piece):
-            if is_safe and chunk.is_one and not piece.is_lone and q.dtype == exact:
-                given = (chunk.rows(t) for t in (q, k, v, acc, total))
-                _attend_one(piece.pads, scale, *given)
-                continue
             here = (chunk.view(q), chunk.view(k), chunk.view(v))
             our_top = None if top is None else chunk.view(top)
             sums = _Sums(chunk.view(acc), chunk.view(total), our_top)

@@ -14,17 +14,14 @@ may be taken in any order, but always the same one: results do not depend on thr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 
+from modaltune.kernels._compiled import compiled
 from modaltune.kernels._philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 CASES = 64  # cases at a time: their hidden units (64 KiB at d = 256) and W2 share a core's L2
 HIDDEN = 2**17  # hidden units of as many pathways and cases stay there between the layers
-_REORDERED = {"contract", "reassoc", "nsz"}
 _SMALLEST = np.float32(-18.0)  # e^-18 is less than half a step below 1
 _PART = np.float32(1 / 32)
 _ONE, _TWO, _ZERO = np.float32(1), np.float32(2), np.float32(0)
@@ -34,15 +31,7 @@ _KEY_A, _KEY_B = (np.uint64(k) for k in KEY_STEPS)
 _MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, cached on disk where any place for the cache can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True, fastmath=_REORDERED)(function)
-    except RuntimeError:  # read-only install and no writable user cache
-        return numba.njit(nogil=True, fastmath=_REORDERED)(function)
-
-
-@compiled
+@compiled(reordered=True)
 def _add_rows(coefficients, rows, out, n_out, n_rows):
     """Add to each out[r] the sum of coefficients[r, k] * rows[k] over the first n_rows rows."""
     whole = n_rows // 8 * 8
@@ -63,7 +52,7 @@ def _add_rows(coefficients, rows, out, n_out, n_rows):
                 total[j] += c0 * r0[j]
 
 
-@compiled
+@compiled(reordered=True)
 def _dots_of_four(a0, a1, a2, a3, b, k, out, r):
     """Products of four rows of a with four rows of b."""
     b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
@@ -85,7 +74,7 @@ def _dots_of_four(a0, a1, a2, a3, b, k, out, r):
     out[r + 3, k], out[r + 3, k + 1], out[r + 3, k + 2], out[r + 3, k + 3] = s30, s31, s32, s33
 
 
-@compiled
+@compiled(reordered=True)
 def _dots_of_one(row, b, n_b, out):
     """Set out[k] to row . b[k], from four places of b at once.
 
@@ -107,7 +96,7 @@ def _dots_of_one(row, b, n_b, out):
         out[k] = s0
 
 
-@compiled
+@compiled(reordered=True)
 def _dots(a, b, out, n_a, n_b):
     """Set out[r, k] to a[r] . b[k]."""
     whole_a, whole_b = n_a // 4 * 4, n_b // 4 * 4
@@ -125,7 +114,7 @@ def _dots(a, b, out, n_a, n_b):
         _dots_of_one(a[r], b, n_b, out[r])
 
 
-@compiled
+@compiled(reordered=True)
 def _elu(values, is_single):
     """Set values to z where z > 0, to e^z - 1 elsewhere; NaN stays.
 
@@ -150,7 +139,7 @@ def _elu(values, is_single):
         values[j] = e if z <= _ZERO else z
 
 
-@compiled
+@compiled(reordered=True)
 def _draw(seed, unit, case, threshold, gone1, gone2):
     """Mark the units that dropout drops after the first and the second ELU of one network."""
     for j in range(gone1.size):
@@ -165,13 +154,13 @@ def _draw(seed, unit, case, threshold, gone1, gone2):
         gone2[j] = c1 < np.uint64(threshold)
 
 
-@compiled
+@compiled(reordered=True)
 def _drop(values, gone, scale, shift, dropped):
     for j in range(values.size):
         values[j] = dropped if gone[j] else values[j] * scale + shift
 
 
-@compiled
+@compiled(reordered=True)
 def _pull(grads, activations, gone, scale):
     """Turn gradients of dropped-out activations of one row into gradients before the ELU."""
     zero, one = grads.dtype.type(0), grads.dtype.type(1)
@@ -180,7 +169,7 @@ def _pull(grads, activations, gone, scale):
         grads[j] = zero if gone[j] else grads[j] * (slope * scale)
 
 
-@compiled
+@compiled(reordered=True)
 def _first_layer(
     x, case, n_cases, genes, start, end, weight1, bias1, members, hidden, kept, gone1, gone2, draw
 ):
@@ -203,7 +192,7 @@ def _first_layer(
             _drop(kept[r], gone1[r], scale, shift, dropped)
 
 
-@compiled
+@compiled(reordered=True)
 def _second_layer(kept, weight2, bias2, final, n_cases):
     """Set final to the second ELU of one pathway."""
     _dots(kept, weight2, final, n_cases, weight2.shape[0])
@@ -212,7 +201,7 @@ def _second_layer(kept, weight2, bias2, final, n_cases):
         _elu(final[r], weight2.itemsize == 4)
 
 
-@compiled
+@compiled(reordered=True)
 def _scratch(x, offsets, width, dtype):
     """Arrays for one block of cases: genes of a pathway, four of hidden units, and two of marks."""
     block = min(x.shape[0], CASES)
@@ -221,7 +210,7 @@ def _scratch(x, offsets, width, dtype):
     return members, units, np.zeros((2, block, width), np.bool_)
 
 
-@compiled
+@compiled(reordered=True)
 def forward(
     x, genes, offsets, weight1, bias1, weight2, bias2, out, first, last, seed, threshold, affine
 ):
@@ -257,7 +246,7 @@ def forward(
                     out[case + r, p] = final[r]
 
 
-@compiled
+@compiled(reordered=True)
 def _add_first_layer(
     grad2, weight1, weight2, members, hidden, gone, scale, grad1,
     grad_members, grad_weight1, grad_bias1, n_cases, n_genes,
@@ -275,7 +264,7 @@ def _add_first_layer(
         _dots(grad1, weight1, grad_members, n_cases, n_genes)
 
 
-@compiled
+@compiled(reordered=True)
 def backward(
     pulled, x, genes, offsets, weight1, bias1, weight2, bias2,
     grad_members, grad_weight1, grad_bias1, grad_weight2, grad_bias2,
