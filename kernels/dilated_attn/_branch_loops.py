@@ -53,7 +53,8 @@ def _add_scores(keys, queries, scores, blocks):
     lanes = _LANES * len(blocks)
     dim = queries.shape[0]
     whole = dim // 6 * 6
-    scores[:] = _ZERO
+    if whole == 0:
+        scores[:] = _ZERO
     for j in range(0, KEYS, 4):
         k0, k1, k2, k3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
         s0, s1, s2, s3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
@@ -64,12 +65,20 @@ def _add_scores(keys, queries, scores, blocks):
             d0, d1, d2, d3, d4, d5 = k3[c], k3[c + 1], k3[c + 2], k3[c + 3], k3[c + 4], k3[c + 5]
             q0, q1, q2 = queries[c], queries[c + 1], queries[c + 2]
             q3, q4, q5 = queries[c + 3], queries[c + 4], queries[c + 5]
-            for i in range(lanes):
-                x0, x1, x2, x3, x4, x5 = q0[i], q1[i], q2[i], q3[i], q4[i], q5[i]
-                s0[i] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3 + a4 * x4 + a5 * x5
-                s1[i] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3 + b4 * x4 + b5 * x5
-                s2[i] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3 + c4 * x4 + c5 * x5
-                s3[i] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3 + d4 * x4 + d5 * x5
+            if c == 0:
+                for i in range(lanes):
+                    x0, x1, x2, x3, x4, x5 = q0[i], q1[i], q2[i], q3[i], q4[i], q5[i]
+                    s0[i] = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3 + a4 * x4 + a5 * x5
+                    s1[i] = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3 + b4 * x4 + b5 * x5
+                    s2[i] = c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3 + c4 * x4 + c5 * x5
+                    s3[i] = d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3 + d4 * x4 + d5 * x5
+            else:
+                for i in range(lanes):
+                    x0, x1, x2, x3, x4, x5 = q0[i], q1[i], q2[i], q3[i], q4[i], q5[i]
+                    s0[i] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3 + a4 * x4 + a5 * x5
+                    s1[i] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3 + b4 * x4 + b5 * x5
+                    s2[i] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3 + c4 * x4 + c5 * x5
+                    s3[i] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3 + d4 * x4 + d5 * x5
         for c in range(whole, dim):
             a0, b0, c0, d0, q0 = k0[c], k1[c], k2[c], k3[c], queries[c]
             for i in range(lanes):
