@@ -14,8 +14,8 @@ The backward pass computes the scores again, with the merge weights alpha as con
     dS_ij = P_ij (do_i . v_j - delta_ib)   delta_ib = sum_{j in b(i)} P_ij (do_i . v_j) / alpha_ib
     dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
 
-The forward pass runs in compiled loops (`_branch_loops`) where no score needs a shift. The rest is
-oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor, and
+Pieces of up to 1,024 rows, without a shift, run forward in compiled loops (`_branch_loops`). The
+rest is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor, and
 exp2, which is four times as fast as exp there.
 """
 
@@ -39,6 +39,8 @@ _SAFE_SCORE = 64.0
 # Below every score, but finite: the difference of two of them is zero, not NaN.
 _LOWEST = -1e30
 _LOG2E = 1 / math.log(2)
+# Longer pieces are large enough products for oneDNN to gain more than its passes over memory cost.
+_MOST_LOOPED = 1024
 
 
 def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -191,10 +193,11 @@ def _forward(
     acc = out.zero_() if out.dtype == exact else torch.zeros(out.shape, dtype=exact)
     total = torch.zeros_like(lse)
     top = None if is_safe else torch.full_like(lse, _LOWEST)
-    is_looped = is_safe and exact == torch.float32 and q.shape[-1] % 4 == 0
-    if is_looped:
-        _attend_in_loops([p for p in pieces if not p.is_lone], scale, (q, k, v), acc, total)
-    for piece in pieces if not is_looped else [p for p in pieces if p.is_lone]:
+    looped: list[Piece] = []
+    if is_safe and exact == torch.float32 and q.shape[-1] % 4 == 0:
+        looped = [p for p in pieces if p.places <= _MOST_LOOPED and not p.is_lone]
+        _attend_in_loops(looped, scale, (q, k, v), acc, total)
+    for piece in [p for p in pieces if p not in looped]:
         for chunk in chunks(piece):
             here = (chunk.view(q), chunk.view(k), chunk.view(v))
             our_top = None if top is None else chunk.view(top)
