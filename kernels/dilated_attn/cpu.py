@@ -15,8 +15,8 @@ The backward pass computes the scores again, with the merge weights alpha as con
     dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
 
 Pieces of up to 1,024 rows, without a shift, run forward in compiled loops (`_branch_loops`). The
-rest is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor, and
-exp2, which is four times as fast as exp there.
+rest is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor,
+and exp2, which is four times as fast as exp there.
 """
 
 from __future__ import annotations
