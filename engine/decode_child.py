@@ -16,6 +16,7 @@ import sys
 import time
 from collections import OrderedDict
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import cv2
 
@@ -35,7 +36,10 @@ from modaltune.engine.errors import InputError
 from modaltune.engine.jpeg_half import HalfScaleJpeg, can_halve
 from modaltune.engine.readers import SlideReader, open_slide
 from modaltune.engine.shared_tiles import SharedTiles
-from modaltune.engine.tiling import tile_slide
+from modaltune.engine.tiling import TileGrid, tile_slide
+
+if TYPE_CHECKING:
+    from modaltune.engine.tissue import TissueMask
 
 # Slides kept open: those being decoded and those surveyed ahead.
 _OPEN_SLIDES = 4
@@ -103,25 +107,14 @@ class _OpenSlides:
 
 def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:
     """Open, mask, tile and group one slide, and draw its overlay."""
-    from modaltune.engine.tissue import find_tissue  # brings numba
-
     seconds, start = {}, time.perf_counter()
     slide = slides.get(job.source)
     _ = slide.mpp  # a slide without one fails here, before any work
     seconds["open"] = time.perf_counter() - start
     start = time.perf_counter()
-    options = job.options
-    tissue = find_tissue(slide, options.tissue)
-    grid = tile_slide(
-        slide,
-        tissue,
-        tile_px=options.tile_px,
-        mpp=options.mpp,
-        min_foreground=options.min_foreground,
-        overlap_px=options.overlap_px,
-    )
+    tissue, grid = _tiles(slide, job)
     seconds["mask"] = time.perf_counter() - start
-    if job.overlay is not None:
+    if job.overlay is not None and tissue is not None:
         from modaltune.engine.overlay import write_overlay  # brings matplotlib
 
         start = time.perf_counter()
@@ -133,8 +126,43 @@ def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:
         reader=slide.name,
         device=slide.device,
         mpp_source=slide.mpp_source or "",
-        tissue_share=tissue.share,
+        tissue_share=None if tissue is None else tissue.share,
         seconds=seconds,
+    )
+
+
+def _tiles(slide: SlideReader, job: SurveyJob) -> tuple[TissueMask | None, TileGrid]:
+    """Find the tissue where it is needed, and the tiles unless they are given."""
+    tissue = None
+    if job.grid is None or job.overlay is not None:
+        from modaltune.engine.tissue import find_tissue  # brings numba
+
+        tissue = find_tissue(slide, job.options.tissue)
+    if job.grid is None and tissue is not None:
+        options = job.options
+        return tissue, tile_slide(
+            slide,
+            tissue,
+            tile_px=options.tile_px,
+            mpp=options.mpp,
+            min_foreground=options.min_foreground,
+            overlap_px=options.overlap_px,
+        )
+    grid = job.grid
+    if grid is None or grid.dimensions != slide.dimensions or grid.tile_px != job.options.tile_px:
+        raise InputError(
+            f"grid must have tiles of {job.options.tile_px} px of {slide.path.name} "
+            f"({slide.dimensions[0]} x {slide.dimensions[1]} px), got {_said(grid)}; tile it again"
+        )
+    return tissue, grid
+
+
+def _said(grid: TileGrid | None) -> str:
+    """Describe a grid in a message."""
+    if grid is None:
+        return "none"
+    return (
+        f"tiles of {grid.tile_px} px of a slide of {grid.dimensions[0]} x {grid.dimensions[1]} px"
     )
 
 

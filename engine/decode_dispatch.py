@@ -348,7 +348,8 @@ class Dispatcher(threading.Thread):
         self._slides.append(slide)
         request, options = slide.request, self._options
         source = SlideSource(request.path, request.base_mpp, options.tiles.reader, options.device)
-        job = SurveyJob(source, options.tiles, request.overlay, self._shared.array.shape[1])
+        most = self._shared.array.shape[1]
+        job = SurveyJob(source, options.tiles, request.overlay, request.grid, most)
         return Assigned(job, (slide, None), options.survey_timeout_s)
 
     def _decode_job(self, slide: Progress, survey: Survey) -> Assigned[Work]:

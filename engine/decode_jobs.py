@@ -39,12 +39,14 @@ class SlideRequest:
         path: Slide file.
         base_mpp: Microns per level-0 px; None takes the metadata's.
         overlay: PNG to write with tissue and tiles; None writes none.
+        grid: The tiles to read, where they are known already; None finds tissue and lays them.
     """
 
     key: str
     path: Path
     base_mpp: float | None = None
     overlay: Path | None = None
+    grid: TileGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class SurveyJob:
     source: SlideSource
     options: TileOptions
     overlay: Path | None
+    grid: TileGrid | None
     most_tiles: int
 
 
@@ -88,7 +91,7 @@ class Survey:
         reader: Reader in use, "cucim", "openslide" or "image".
         device: Where its pixels are decoded.
         mpp_source: Where the base mpp came from, "metadata" or "option".
-        tissue_share: Share of the slide that is tissue, 0..1.
+        tissue_share: Share of the slide that is tissue, 0..1; None where it was not looked for.
         seconds: Seconds per stage: open, mask, and overlay where there is one.
     """
 
@@ -97,7 +100,7 @@ class Survey:
     reader: str
     device: Device
     mpp_source: str
-    tissue_share: float
+    tissue_share: float | None
     seconds: dict[str, float]
 
 

@@ -127,6 +127,8 @@ def _read_boxes(plan: BoxPlan, corners: Int64, read: ReadBox, sink: _Sink) -> se
             continue
         for index in range(start, stop):
             sink.add(owners[index], region, source[index], target[index])
+        # Its memory is free before the next box asks for some: the same, still in the cache.
+        del region
     return suspects
 
 
