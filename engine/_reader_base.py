@@ -20,6 +20,7 @@ from modaltune.engine.errors import MissingMppError, SlideError
 Rgb = npt.NDArray[np.uint8]
 ReaderName = Literal["cucim", "openslide", "image"]
 MppSource = Literal["metadata", "option"]
+DeviceName = Literal["cpu", "cuda"]
 
 WHITE = 255
 # Most pixels that one read, one decoded plain image or one file tile may have: 805 MB of RGB.
@@ -46,9 +47,12 @@ class Backend(Protocol):
     vendor: str
     library: str
     level_sizes: tuple[tuple[int, int], ...]
+    # Per level, (width, height) of the file tiles; None for strips, and where a part of a large
+    # read may differ from a read of that part.
+    tile_sizes: tuple[tuple[int, int] | None, ...]
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
-        """Read a region that lies inside the level, uint8 [h, w, 3], own memory."""
+        """Read a region that lies inside the level, uint8 [h, w, 3], memory of its own."""
         ...
 
     def read_many(
@@ -87,6 +91,7 @@ class OpenRequest:
     base_mpp: float | None
     reader: ReaderName
     pixel_budget: int
+    device: DeviceName = "cpu"
 
 
 class SlideReader:
@@ -102,14 +107,13 @@ class SlideReader:
         path: The slide file.
         name: Reader in use: "cucim", "openslide" or "image".
         levels: Level 0 first, each smaller than the last.
-        device: Where pixels are decoded; "cpu".
+        device: Where pixels are decoded: "cpu", or "cuda" where that was asked for.
     """
-
-    device = "cpu"
 
     def __init__(self, request: OpenRequest, backend: Backend, mpp: Mpp) -> None:
         self.path = request.path
         self.name: ReaderName = backend.name
+        self.device: DeviceName = request.device
         self._request = request
         self._mpp = mpp
         self._handle: Backend | None = backend
@@ -178,8 +182,19 @@ class SlideReader:
             SlideError: The region is over the pixel budget, or can't be decoded.
         """
         size = self._check_size(size, level)
-        corner = self._level_corners(np.asarray(location, dtype=np.int64)[None], level)[0]
+        corner = self.level_corners(np.asarray(location, dtype=np.int64)[None], level)[0]
         return self._read_clipped(int(corner[0]), int(corner[1]), size, level)
+
+    def read_at(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
+        """Read one region at a corner in pixels of the level; else as `read_region`."""
+        return self._read_clipped(x, y, self._check_size(size, level), level)
+
+    def file_tile_px(self, level: int) -> tuple[int, int] | None:
+        """(width, height) of a level's file tiles, None where reads can't follow them.
+
+        Where there are some, a region cut out of a larger read is the region read by itself.
+        """
+        return self.backend.tile_sizes[level]
 
     def read_regions(
         self,
@@ -204,11 +219,17 @@ class SlideReader:
             SlideError: As `read_region`, at the first region that can't be read.
         """
         size = self._check_size(size, level)
-        corners = self._level_corners(_as_locations(locations), level)
+        corners = self.level_corners(_as_locations(locations), level)
         workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
         if workers < 1:
             raise SlideError(f"num_workers must be >= 1, got {workers}; None takes all cores")
         return self._stream(corners, size, level, workers)
+
+    def level_corners(self, locations: npt.NDArray[np.int64], level: int) -> npt.NDArray[np.int64]:
+        """Round level-0 locations int64 [n, 2] to pixels of the level, as every read does."""
+        if level == 0:
+            return locations
+        return np.floor(locations / self.levels[level].downsample + 0.5).astype(np.int64)
 
     def thumbnail(self, max_side: int) -> tuple[Rgb, float]:
         """Show the whole slide small, averaged by area from the nearest larger level.
@@ -274,12 +295,6 @@ class SlideReader:
                 f"{width} x {height}; read smaller regions or raise pixel_budget"
             )
         return width, height
-
-    def _level_corners(self, locations: npt.NDArray[np.int64], level: int) -> npt.NDArray[np.int64]:
-        """Round level-0 locations [n, 2] to pixels of the level."""
-        if level == 0:
-            return locations
-        return np.floor(locations / self.levels[level].downsample + 0.5).astype(np.int64)
 
     def _read_clipped(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region at a corner in pixels of the level; outside is white."""
@@ -361,4 +376,5 @@ def _reopen(request: OpenRequest) -> SlideReader:
         base_mpp=request.base_mpp,
         reader=request.reader,
         pixel_budget=request.pixel_budget,
+        device=request.device,
     )

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from modaltune.engine._quiet import quiet_libraries
-from modaltune.engine._reader_base import ReaderName, Rgb
+from modaltune.engine._reader_base import DeviceName, ReaderName, Rgb
 from modaltune.engine._slide_tags import PageTags, TiffTags
-from modaltune.engine.errors import SlideError
+from modaltune.engine.errors import InputError, SlideError
 
 _NONE, _LZW, _JPEG, _DEFLATE = 1, 5, 7, 8
 _APERIO_JP2000 = (33003, 33005)
@@ -84,12 +84,31 @@ def _page_refusal(page: PageTags) -> str | None:
     return None
 
 
+def require_cuda() -> None:
+    """Check that cuCIM can decode on a GPU.
+
+    Raises:
+        InputError: There is none, or the driver or CuPy is missing.
+    """
+    try:
+        with quiet_libraries("cupy"):
+            cupy: Any = importlib.import_module("cupy")
+            cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CuPy's own classes can't be named where it is not installed
+        raise InputError(
+            f"device must be cpu on a machine without a GPU that CuPy can use, got cuda ({error}); "
+            "leave it out, or install the driver and `pip install cupy-cuda13x`"
+        ) from error
+
+
 class CucimBackend:
-    """A slide held open by cuCIM, decoding on the CPU."""
+    """A slide held open by cuCIM, decoding on the CPU unless told otherwise."""
 
     name: ReaderName = "cucim"
 
-    def __init__(self, path: Path, tags: TiffTags, vendor: str | None) -> None:
+    def __init__(
+        self, path: Path, tags: TiffTags, vendor: str | None, device: DeviceName = "cpu"
+    ) -> None:
         with quiet_libraries(path.name):
             # Its first import prints driver noise where there is no GPU, and cuFile, where torch
             # brought it, leaves a cufile.log in the working folder.
@@ -113,14 +132,19 @@ class CucimBackend:
                 f"cuCIM sees other levels in {path} than its tags say: {self.level_sizes}, "
                 f"tags {expected}"
             )
+        self.tile_sizes: tuple[tuple[int, int] | None, ...] = tuple(
+            page.segment_px for page in tags.levels
+        )
+        self._device = device
         self._guard = _TileGuard(path, tags.levels)
-        self._is_batched = all(page.compression in _BATCH_CODECS for page in tags.levels)
+        is_safe = all(page.compression in _BATCH_CODECS for page in tags.levels)
+        self._is_batched = is_safe and device == "cpu"
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region that lies inside the level, uint8 [h, w, 3]."""
         self._guard.check(x, y, size, level)
         try:
-            region = np.array(self._image.read_region(self._level0(x, y, level), size, level))
+            region = self._decode(self._level0(x, y, level), size, level)
         except (RuntimeError, ValueError) as error:
             raise _unreadable(self._path, x, y, size, level, str(error)) from error
         if region.shape != (size[1], size[0], 3) or region.dtype != np.uint8:
@@ -128,6 +152,14 @@ class CucimBackend:
                 self._path, x, y, size, level, f"decoded as {region.dtype} {region.shape}"
             )
         return region
+
+    def _decode(self, location: tuple[int, int], size: tuple[int, int], level: int) -> Rgb:
+        """Read a region into host memory; the array keeps cuCIM's buffer alive, without a copy."""
+        if self._device == "cpu":
+            return np.asarray(self._image.read_region(location, size, level))
+        region = self._image.read_region(location, size, level, device="cuda")
+        cupy: Any = importlib.import_module("cupy")
+        return np.asarray(cupy.asnumpy(cupy.asarray(region)), dtype=np.uint8)
 
     def read_many(
         self, corners: npt.NDArray[np.int64], size: tuple[int, int], level: int, num_workers: int

@@ -40,6 +40,7 @@ class _Source(Protocol):
     library: str
     vendor: str
     level_sizes: tuple[tuple[int, int], ...]
+    tile_sizes: tuple[tuple[int, int] | None, ...]
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region inside the level, uint8 [h, w, 3]."""
@@ -64,6 +65,7 @@ class ImageBackend:
         self._source = _open_source(path, tags, pixel_budget)
         self.library, self.vendor = self._source.library, self._source.vendor
         self.level_sizes = self._source.level_sizes
+        self.tile_sizes: tuple[tuple[int, int] | None, ...] = self._source.tile_sizes
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region that lies inside the level, uint8 [h, w, 3]."""
@@ -160,6 +162,7 @@ class _TiffSource:
             ]
         self.library = f"tifffile {tifffile.__version__}"
         self.level_sizes = tuple((page.width, page.height) for page in tags.levels)
+        self.tile_sizes = tuple(p.segment_px if p.is_tiled else None for p in tags.levels)
         self._cache: OrderedDict[tuple[int, int], Rgb] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -255,6 +258,7 @@ class _PillowSource:
             self.level_sizes = tuple((page.width, page.height) for page in pages)
         for size in self.level_sizes:
             self._check_budget(size)
+        self.tile_sizes: tuple[tuple[int, int] | None, ...] = (None,) * len(self.level_sizes)
         self.library = f"Pillow {PIL.__version__}"
 
     def _open(self) -> PIL.Image.Image:

@@ -44,6 +44,7 @@ class OpenSlideBackend:
         self.vendor = str(self._slide.properties.get("openslide.vendor", "unknown"))
         self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self._downsamples = tuple(float(v) for v in self._slide.level_downsamples)
+        self.tile_sizes = tuple(map(self._tile_size, range(len(self.level_sizes))))
 
     def _open(self) -> Any:
         """Open the file."""
@@ -52,6 +53,16 @@ class OpenSlideBackend:
                 return openslide.OpenSlide(self._path)
         except openslide.OpenSlideError as error:
             raise SlideError(f"OpenSlide can't open {self._path}: {error}") from error
+
+    def _tile_size(self, level: int) -> tuple[int, int] | None:
+        """(width, height) of a level's file tiles where OpenSlide names them and does not shift."""
+        properties = self._slide.properties
+        try:
+            width = int(properties[f"openslide.level[{level}].tile-width"])
+            height = int(properties[f"openslide.level[{level}].tile-height"])
+        except (KeyError, ValueError):
+            return None
+        return (width, height) if self._downsamples[level].is_integer() else None
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region that lies inside the level, uint8 [h, w, 3]; holes are white."""

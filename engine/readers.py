@@ -12,12 +12,13 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from modaltune.engine import _reader_cucim
 from modaltune.engine._reader_base import (
     PIXEL_BUDGET,
     Backend,
+    DeviceName,
     Level,
     Mpp,
     OpenRequest,
@@ -49,6 +50,7 @@ def open_slide(
     base_mpp: float | None = None,
     reader: str | None = None,
     pixel_budget: int = PIXEL_BUDGET,
+    device: DeviceName = "cpu",
 ) -> SlideReader:
     """Open a slide with the first reader that opens it and reads its compression.
 
@@ -58,6 +60,8 @@ def open_slide(
         reader: "cucim", "openslide" or "image" to allow that one only.
         pixel_budget: Most pixels of one read, one plain image and one tile of a file, checked
             before they are allocated (default 2**28, 805 MB of RGB).
+        device: "cuda" has cuCIM decode on the GPU, for files that it reads; its JPEG pixels may
+            differ from the CPU's by rounding.
 
     Returns:
         A SlideReader, a context manager. Without a usable mpp it opens all the same; reading its
@@ -65,25 +69,29 @@ def open_slide(
 
     Raises:
         SlideError: The file is missing, empty, truncated, over the budget or read by no reader.
-        InputError: `base_mpp`, `reader` or `pixel_budget` breaks its rule.
+        InputError: `base_mpp`, `reader`, `pixel_budget` or `device` breaks its rule.
     """
     _check_arguments(base_mpp, reader, pixel_budget)
+    _check_device(device)
     slide = Path(path)
     _check_file(slide)
     tags = read_tiff_tags(slide) if is_tiff(slide) else None
     _check_segments(slide, tags, pixel_budget)
     names = READERS if reader is None else (cast(ReaderName, reader),)
-    backend = _probe(slide, tags, names, pixel_budget)
+    backend = _probe(slide, tags, names, pixel_budget, device)
     mpp = _resolve_mpp(slide, tags, backend, base_mpp)
+    if backend.name != "cucim":
+        device = "cpu"
     logger.info(
-        "%s: read by %s on the CPU (%s, %d level(s))",
+        "%s: read by %s on the %s (%s, %d level(s))",
         slide,
         backend.library,
+        "GPU" if device == "cuda" else "CPU",
         backend.vendor,
         len(backend.level_sizes),
     )
     # A child process that opens it again gets the same reader.
-    request = OpenRequest(slide, base_mpp, backend.name, pixel_budget)
+    request = OpenRequest(slide, base_mpp, backend.name, pixel_budget, device)
     return SlideReader(request, backend, mpp)
 
 
@@ -143,6 +151,14 @@ def _check_arguments(base_mpp: float | None, reader: str | None, pixel_budget: i
         raise InputError(f"pixel_budget must be >= 1, got {pixel_budget}; try {PIXEL_BUDGET}")
 
 
+def _check_device(device: str) -> None:
+    """Raise InputError for a device that can't decode here."""
+    if device not in get_args(DeviceName):
+        raise InputError(f"device must be cpu or cuda, got {device!r}; the default is cpu")
+    if device == "cuda":
+        _reader_cucim.require_cuda()
+
+
 def _check_file(path: Path) -> None:
     """Raise SlideError unless the path is a file with bytes that can be read."""
     if "\0" in str(path):
@@ -168,12 +184,16 @@ def _check_segments(path: Path, tags: TiffTags | None, pixel_budget: int) -> Non
 
 
 def _probe(
-    path: Path, tags: TiffTags | None, names: tuple[ReaderName, ...], pixel_budget: int
+    path: Path,
+    tags: TiffTags | None,
+    names: tuple[ReaderName, ...],
+    pixel_budget: int,
+    device: DeviceName,
 ) -> Backend:
     """Try readers in turn; return the first that reads every level."""
     vendor = detect_vendor(path)
     openers: dict[ReaderName, Callable[[], Backend]] = {
-        "cucim": lambda: _open_cucim(path, tags, vendor),
+        "cucim": lambda: _open_cucim(path, tags, vendor, device),
         "openslide": lambda: _open_openslide(path, tags, vendor),
         "image": lambda: ImageBackend(path, tags, pixel_budget),
     }
@@ -199,12 +219,14 @@ def _probe(
     )
 
 
-def _open_cucim(path: Path, tags: TiffTags | None, vendor: str | None) -> Backend:
+def _open_cucim(
+    path: Path, tags: TiffTags | None, vendor: str | None, device: DeviceName
+) -> Backend:
     """Open with cuCIM, unless the file is one that it reads wrongly."""
     reason = _reader_cucim.refusal(tags, vendor)
     if reason is not None or tags is None:
         raise SlideError(reason or "not a TIFF file")
-    return _reader_cucim.CucimBackend(path, tags, vendor)
+    return _reader_cucim.CucimBackend(path, tags, vendor, device)
 
 
 def _open_openslide(path: Path, tags: TiffTags | None, vendor: str | None) -> Backend:

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modaltune.engine.errors import InputError, SlideError
+from modaltune.engine.resample import resample_tile
 
 if TYPE_CHECKING:
     from modaltune.engine.readers import SlideReader
@@ -193,7 +194,7 @@ def read_tiles(slide: SlideReader, grid: TileGrid) -> Iterator[npt.NDArray[np.ui
     try:
         for region in regions:
             count += 1
-            yield _resample(region, grid.tile_px)
+            yield resample_tile(region, grid.tile_px)
     finally:
         close = getattr(regions, "close", None)
         if close is not None:
@@ -308,14 +309,6 @@ def _axis(side: int, footprint: int, step_px: int, mpp: float, base_mpp: float) 
 def _pairs(x: Int64, y: Int64) -> Int64:
     """All (x, y), row by row: int64 [len(y) * len(x), 2]."""
     return np.stack([np.tile(x, len(y)), np.repeat(y, len(x))], axis=1)
-
-
-def _resample(region: npt.NDArray[np.uint8], tile_px: int) -> npt.NDArray[np.uint8]:
-    """Bring a square region to `tile_px`: area averages down, bilinear for the few per cent up."""
-    if region.shape[0] == tile_px:
-        return region
-    how = cv2.INTER_AREA if region.shape[0] > tile_px else cv2.INTER_LINEAR
-    return cv2.resize(region, (tile_px, tile_px), interpolation=how).astype(np.uint8, copy=False)
 
 
 def _why_empty(
