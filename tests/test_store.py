@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modaltune.engine import store
-from modaltune.engine.errors import FeatureFileError
+from modaltune.engine.errors import DiskFullError, FeatureFileError
 from modaltune.engine.store import (
     TileFeatures,
     feature_recipe,
@@ -306,7 +306,7 @@ def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(h5py.Group, "create_dataset", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match=r"a.h5 must fit on its disk, got .no space left"):
         write_features(path, make(seed=1))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.h5"]
