@@ -35,6 +35,7 @@ from modaltune.engine.errors import InputError
 from modaltune.engine.ledger import Ledger
 from modaltune.engine.ledger_reconcile import compare
 from modaltune.engine.ledger_schema import connect, transaction
+from modaltune.engine.own_features import file_facts
 from modaltune.engine.recipes import recipe_sha256
 from modaltune.testing_features import SMALL_RECIPE, small_features
 
@@ -74,7 +75,7 @@ def linked_cohort(folder: Path, count: int) -> tuple[Path, list[SlideItem]]:
         with transaction(db, durable=True):
             db.executemany(
                 "UPDATE slides SET status = 'done', tiles = 3, file_size = ?, file_mtime_ns = ?, "
-                "judged = ? WHERE slide_id = ?",
+                "judged = ? WHERE set_id = 1 AND slide_id = ?",
                 stamps,
             )
     return out, items
@@ -123,9 +124,10 @@ def _timing_compare(spent: list[float]) -> Iterator[None]:
 
 
 def time_slides(folder: Path, count: int) -> dict[str, float]:
-    """Time claim and commit of slides whose files are written in between, interleaved with fsyncs."""
+    """Time claims and commits, with files written in between, and fsyncs, interleaved."""
     items = [SlideItem(folder / f"s{i}.svs", f"s{i}", f"s{i}") for i in range(count)]
     spent: dict[str, list[float]] = {"claim": [], "commit": [], "commit_no_fsync": [], "fsync": []}
+    folder.mkdir()
     probe = os.open(folder / "probe", os.O_CREAT | os.O_WRONLY)
     with Ledger.open(folder / "out", SMALL_RECIPE, items, features=FEATURES) as ledger:
         for number in range(count):
@@ -134,11 +136,11 @@ def time_slides(folder: Path, count: int) -> dict[str, float]:
             spent["claim"].append(time.perf_counter() - start)
             if lease is None:
                 raise InputError(f"the ledger must give {count} slides, got {number}")
-            small_features(lease.features, lease.item)
+            facts = file_facts(small_features(lease.features, lease.item))
             name = "commit_no_fsync" if number % 2 else "commit"
             with _undurable() if number % 2 else contextlib.nullcontext():
                 start = time.perf_counter()
-                ledger.commit_done(lease, timings={"read": 1.0, "encode": 2.0})
+                ledger.commit_done(lease, facts, timings={"read": 1.0, "encode": 2.0})
                 spent[name].append(time.perf_counter() - start)
             os.write(probe, b"x" * 4096)
             start = time.perf_counter()

@@ -6,8 +6,7 @@ on disk is kept and the rest is made again:
 
 >>> with Ledger.open(out, recipe, items, features="features_x") as ledger, ledger.beating():
 ...     while (lease := ledger.claim()) is not None:
-...         write_features(lease.features, embed(lease.item.path))
-...         ledger.commit_done(lease)
+...         ledger.commit_done(lease, record_features(lease.features, embed(lease.item)))
 
 A feature file is committed before its row (temporary file, fsync, rename, fsync of the folder, then
 the row), so that a row never promises what is not there; a file without its row is adopted.
@@ -37,9 +36,10 @@ from modaltune.engine.ledger_leases import (
     take_over,
 )
 from modaltune.engine.ledger_opening import Opened, file_size, open_group
-from modaltune.engine.ledger_reconcile import file_facts, file_stamp
+from modaltune.engine.ledger_reconcile import file_stamp
 from modaltune.engine.ledger_report import SlideRow, reset_slides, slide_rows
 from modaltune.engine.ledger_schema import BUSY_S, LEDGER_NAME, names_errors, transaction
+from modaltune.engine.own_features import FileFacts, file_facts
 
 __all__ = ["Lease", "LeaseTerms", "Ledger", "SlideRow"]
 
@@ -190,20 +190,26 @@ class Ledger:
         """Return a context manager that renews all leases from a thread, four times per `ttl_s`."""
         return Heartbeat(self.heartbeat, self.terms.ttl_s / 4)
 
-    def commit_done(self, lease: Lease, *, timings: Mapping[str, float] | None = None) -> SlideRow:
+    def commit_done(
+        self,
+        lease: Lease,
+        facts: FileFacts | None = None,
+        *,
+        timings: Mapping[str, float] | None = None,
+    ) -> SlideRow:
         """Write down that a slide's feature file is in place; survives a power cut from then on.
-
-        What the row says of tiles, reader and checksum is read from the file's header.
 
         Args:
             lease: The slide's lease; it ends.
+            facts: What `modaltune.engine.store.record_features` returned; else read from the file.
             timings: Seconds by stage.
 
         Raises:
             LeaseLostError: Another worker has taken the slide over.
-            FeatureFileError: There is no whole feature file.
+            FeatureFileError: The file is to be read, and is not a feature file.
         """
-        facts, stamp = file_facts(lease.features), file_stamp(lease.features)
+        facts = facts or file_facts(lease.features)
+        stamp = file_stamp(lease.features)
         with self._writing(durable=True) as now:
             self._settle(lease)
             self._db.execute(

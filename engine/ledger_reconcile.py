@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from modaltune.engine.atomic import is_temporary, stem_in_temporary, temporary_stem
 from modaltune.engine.errors import RecipeChangedError
@@ -23,6 +23,9 @@ from modaltune.engine.ledger_manifest import (
     describe,
 )
 from modaltune.engine.recipes import differences, slide_recipe
+
+if TYPE_CHECKING:
+    from modaltune.engine.own_features import FileFacts
 
 logger = logging.getLogger(__name__)
 
@@ -50,36 +53,12 @@ class Reconciled:
     removed: list[str] = field(default_factory=list)
 
 
-class FileFacts(NamedTuple):
-    """What a row records of a whole feature file."""
-
-    tiles: int
-    reason: str
-    reader: str
-    payload_sha256: str
-
-
 class _Verdict(NamedTuple):
     """What became of one slide's file; `facts` None where it can't be used."""
 
     state: SlideState
     stamp: tuple[int, int]
     facts: FileFacts | None
-
-
-def file_facts(path: Path) -> FileFacts:
-    """Read what the ledger records of one of our feature files, without its payload.
-
-    Raises:
-        FeatureFileError: It is not a whole feature file.
-    """
-    from modaltune.engine.own_features import own_header
-    from modaltune.engine.store import open_features
-
-    feats, header = open_features(path), own_header(path) or {}
-    return FileFacts(
-        len(feats), feats.empty_reason or "", feats.reader or "", str(header["payload_sha256"])
-    )
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -219,6 +198,7 @@ def _judge(
     different: dict[str, tuple[object, object]],
 ) -> FileFacts | None:
     """Open a file and return what a row records of it, or None if it is to be made again."""
+    from modaltune.engine.own_features import file_facts
     from modaltune.engine.store import is_complete, open_features
 
     recipe = slide_recipe(group.recipe, state.base_mpp)

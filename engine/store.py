@@ -35,7 +35,7 @@ import numpy.typing as npt
 from modaltune.engine.atomic import atomic_path, reserve
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.foreign_features import read_foreign
-from modaltune.engine.own_features import FORMAT, own_header, payload_sha256, read_own
+from modaltune.engine.own_features import FORMAT, FileFacts, own_header, payload_sha256, read_own
 from modaltune.engine.recipes import (
     FORMAT_VERSION,
     differences,
@@ -61,6 +61,7 @@ __all__ = [
     "open_features",
     "payload_sha256",
     "read_features",
+    "record_features",
     "write_features",
 ]
 
@@ -104,6 +105,14 @@ def write_features(
             finite, do not fit the type, or differ in length.
         DiskFullError: There is no room for the file.
     """
+    record_features(path, feats, dtype=dtype)
+    return Path(path)
+
+
+def record_features(
+    path: str | Path, feats: TileFeatures, *, dtype: Literal["float32", "float16"] = "float32"
+) -> FileFacts:
+    """Do what `write_features` does, and return what a ledger records of the file."""
     path = Path(path)
     features, coords = _check_payload(path, feats, dtype)
     root = _root_attributes(path, feats, features, coords)
@@ -129,7 +138,9 @@ def write_features(
                 {**naming, "encoder": feats.encoder}
             )
             file.create_dataset("coords", data=coords).attrs.update({**tiling, **naming})
-    return path
+    return FileFacts(
+        len(features), root["status_reason"], root["reader"], str(root["payload_sha256"])
+    )
 
 
 def read_features(

@@ -17,10 +17,11 @@ from modaltune.engine.errors import InputError
 from modaltune.engine.ledger import Lease, Ledger, SlideRow
 from modaltune.engine.ledger_work import leases, settles
 from modaltune.engine.overlay import write_overlay
+from modaltune.engine.own_features import FileFacts
 from modaltune.engine.profile import StageTimer
 from modaltune.engine.readers import MIN_MPP, SlideReader, open_slide
 from modaltune.engine.recipes import slide_recipe
-from modaltune.engine.store import TileFeatures, feature_recipe, write_features
+from modaltune.engine.store import TileFeatures, feature_recipe, record_features
 from modaltune.engine.tiling import TileGrid, read_tiles, tile_slide
 from modaltune.engine.tissue import find_tissue
 
@@ -200,9 +201,9 @@ def embed_slides(
                 continue
             before, start = dict(timer.seconds), timer.elapsed_s
             with settles(ledger, lease, run.tell_row):
-                _embed_one(lease, encoder, options, recipe, timer, on_tiles)
+                facts = _embed_one(lease, encoder, options, recipe, timer, on_tiles)
                 spent = {stage: timer.seconds[stage] - before[stage] for stage in before}
-                row = ledger.commit_done(lease, timings=spent)
+                row = ledger.commit_done(lease, facts, timings=spent)
                 run.seconds[row.slide_id] = timer.elapsed_s - start
                 run.tell_row(row)
         outcomes = run.tell(STATUSES)
@@ -254,7 +255,7 @@ def _embed_one(
     recipe: dict[str, Any],
     timer: StageTimer,
     on_tiles: Callable[[SlideItem, int, int], None] | None,
-) -> None:
+) -> FileFacts:
     """Make one slide's feature file and overlay."""
     item, target = lease.item, lease.features
     with timer.stage("open"):
@@ -276,7 +277,7 @@ def _embed_one(
                 write_overlay(
                     target.parent.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid
                 )
-            write_features(
+            return record_features(
                 target,
                 TileFeatures(
                     slide=item.slide_id,
