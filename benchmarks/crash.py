@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +48,20 @@ class Cohort:
         folder: Where everything lies.
         encoder: What `--tile-encoder` is given.
         slides: The slide files.
+        overlays: Whether the pictures are written too, which take most of the time.
     """
 
     folder: Path
     encoder: str
     slides: tuple[Path, ...]
+    overlays: bool = False
 
     def words(self, out: Path) -> list[str]:
         """Return the words after `modaltune`."""
         return [
             "embed", *map(str, self.slides), "--out", str(out), "--tile-encoder", self.encoder,
             "--tile-px", str(TILE_PX), "--min-foreground", "0.5", "--json",
+            "--overlays" if self.overlays else "--no-overlays",
         ]  # fmt: skip
 
 
@@ -152,7 +155,9 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def crash(kills: int, seed: int, folder: Path, slides: int = 24) -> CrashResult:
+def crash(
+    kills: int, seed: int, folder: Path, slides: int = 24, *, overlays: bool = False
+) -> CrashResult:
     """Kill runs until `kills` of them died at work.
 
     Args:
@@ -160,6 +165,7 @@ def crash(kills: int, seed: int, folder: Path, slides: int = 24) -> CrashResult:
         seed: Of slides and delays.
         folder: An empty folder to work in.
         slides: Slides of the cohort.
+        overlays: Whether runs write pictures, too.
 
     Returns:
         What happened; `redone`, `changed` and `left_over` must be zero.
@@ -168,7 +174,8 @@ def crash(kills: int, seed: int, folder: Path, slides: int = 24) -> CrashResult:
         InputError: A run that was not killed failed.
     """
     preload()
-    cohort, result = make_cohort(folder, slides, seed), CrashResult()
+    cohort = replace(make_cohort(folder, slides, seed), overlays=overlays)
+    result = CrashResult()
     begun = time.perf_counter()
     _finish(cohort, folder / "unbroken")
     result.unbroken_s = round(time.perf_counter() - begun, 3)
@@ -323,7 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = results_folder(options.results)
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            found = asdict(crash(options.kills, options.seed, Path(name), options.slides))
+            found = asdict(
+                crash(options.kills, options.seed, Path(name), options.slides, overlays=True)
+            )
         stages = found.pop("by_stage")
         row = {
             "time": timestamp(),

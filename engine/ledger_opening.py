@@ -69,8 +69,8 @@ def open_group(
                 if register(db, group, items, known, weigh, new_recipe=new_recipe, now=now):
                     known = states(db, group.row)
             own = {item.slide_id: known[item.slide_id] for item in items}
-            folders = [out / features, *(out / name for name in scratch)]
-            reconciled = _reconcile(db, group, own, folders, new_recipe=new_recipe, now=now)
+            reconciled = _reconcile(db, group, own, out / features, new_recipe=new_recipe, now=now)
+            remove_temporaries(db, [out / name for name in scratch], reconciled)
             db.execute("CREATE TEMP TABLE wanted (id INTEGER PRIMARY KEY)")
             db.execute("BEGIN")
             db.executemany(
@@ -87,15 +87,14 @@ def _reconcile(
     db: sqlite3.Connection,
     group: RecipeSet,
     own: Mapping[str, SlideState],
-    folders: Sequence[Path],
+    folder: Path,
     *,
     new_recipe: bool,
     now: float,
 ) -> Reconciled:
-    """Bring the ledger to what is on disk, in the first of some folders; clean up in all."""
-    reconciled, verdicts = compare(group, folders[0], own, new_recipe=new_recipe)
+    """Bring the ledger to what is on disk."""
+    reconciled, verdicts = compare(group, folder, own, new_recipe=new_recipe)
     if verdicts or reconciled.missing:
         with transaction(db, durable=True):
             record(db, group, own, reconciled, verdicts, now)
-    remove_temporaries(db, folders, reconciled)
     return reconciled

@@ -42,7 +42,8 @@ class Reconciled:
         damaged: Slides whose files are damaged, with the reason.
         replaced: Slides whose files were made by other settings and will be made again.
         opened: Number of files opened.
-        removed: Temporary files of dead writers that were removed.
+        temporary: Temporary files seen, of dead writers or living ones.
+        removed: Those of dead writers, which were removed.
     """
 
     adopted: list[str] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Reconciled:
     damaged: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     opened: int = 0
+    temporary: list[Path] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
 
 
@@ -84,8 +86,8 @@ def compare(
     Raises:
         RecipeChangedError: Files were made by other settings, and `new_recipe` is False.
     """
-    found = _stamps(folder)
     result, verdicts = Reconciled(), []
+    found = _stamps(folder, result.temporary)
     different: dict[str, tuple[object, object]] = {}
     for slide_id, state in known.items():
         # Whoever works on a slide settles its file.
@@ -153,36 +155,38 @@ def record(
         )
 
 
-def remove_temporaries(db: sqlite3.Connection, folders: Iterable[Path], result: Reconciled) -> None:
-    """Remove what killed writers left in some folders; a live worker's file is left alone.
+def remove_temporaries(db: sqlite3.Connection, scratch: Iterable[Path], result: Reconciled) -> None:
+    """Remove what killed writers left: `result.temporary`, and what lies in some more folders.
 
     Leases are read after the folders: a file of a living writer has had one since before it was.
     """
-    left = []
-    for folder in folders:
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                left += [Path(entry.path) for entry in entries if is_temporary(entry.name)]
-    if not left:
+    for folder in scratch:
+        _stamps(folder, result.temporary)
+    if not result.temporary:
         return
     in_work = {
         stem_in_temporary(slide_id)
         for (slide_id,) in db.execute("SELECT slide_id FROM slides WHERE status = 'running'")
     }
-    for path in left:
+    for path in result.temporary:
         if temporary_stem(path) not in in_work:
             path.unlink(missing_ok=True)
             result.removed.append(path.name)
 
 
-def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of every feature file in a folder, by name."""
-    found = {}
+def _stamps(folder: Path, temporary: list[Path]) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of every feature file in a folder, by name.
+
+    Temporary files are added to a list.
+    """
+    found: dict[str, tuple[int, int]] = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.endswith(SUFFIX) and not is_temporary(name):
+                if is_temporary(name):
+                    temporary.append(Path(entry.path))
+                elif name.endswith(SUFFIX):
                     stat = entry.stat()
                     found[name] = (stat.st_size, stat.st_mtime_ns)
     except FileNotFoundError:

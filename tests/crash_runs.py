@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from modaltune.benchmarks.crash import Cohort, contents, crash, make_cohort, pre
 from modaltune.engine.ledger_report import read_status, retry_slides
 
 
-def run(cohort: Cohort, out: Path, *more: str, **options: Any) -> dict[str, Any]:
+def run(cohort: Cohort, out: Path, **options: Any) -> dict[str, Any]:
     """Run once to the end; exit code, output, and what lies in the output folder."""
     log = cohort.folder / f"{out.name}.log"
-    code = wait(start([*cohort.words(out), *more], log, **options))
+    code = wait(start(cohort.words(out), log, **options))
     left = [str(p.relative_to(out)) for p in out.rglob("*") if ".modaltune-tmp" in p.name]
     return {"code": code, "said": log.read_text(), "temporary": left, "files": contents(out)}
 
@@ -27,15 +27,18 @@ def run(cohort: Cohort, out: Path, *more: str, **options: Any) -> dict[str, Any]
 def full_disks(folder: Path) -> list[dict[str, Any]]:
     """Runs under limits of a file's size, each resumed without one."""
     cohort = make_cohort(folder, 5, seed=1, width=1536)
-    whole = run(cohort, folder / "whole", "--no-overlays")
+    whole = run(cohort, folder / "whole")
     sizes = sorted(len(content) for content in whole["files"].values())
     found = []
-    limits = [("--no-overlays", size) for size in (0, 8_000, 60_000, sizes[0], sizes[-1] - 1)]
-    for overlays, limit in (*limits, ("--overlays", 30_000), ("--overlays", sizes[-1] // 2)):
-        out = folder / f"full{overlays}-{limit}"
-        broken = run(cohort, out, overlays, most_bytes=limit)
+    limits = [(False, size) for size in (8_000, 60_000, sizes[0], sizes[-1] - 1)]
+    for overlays, limit in (*limits, (True, sizes[-1] // 2)):
+        out = folder / f"full-{limit}"
+        asked = replace(cohort, overlays=overlays)
+        if limit == sizes[-1] - 1:  # some slides were finished while there was room
+            run(replace(asked, slides=cohort.slides[:2]), out)
+        broken = run(asked, out, most_bytes=limit)
         kept = broken["files"]
-        resumed = run(cohort, out, overlays)
+        resumed = run(asked, out)
         found.append(
             {
                 "limit": limit,
@@ -46,7 +49,7 @@ def full_disks(folder: Path) -> list[dict[str, Any]]:
                 "kept_is_right": kept.items() <= whole["files"].items(),
                 "resumed_code": resumed["code"],
                 "resumed_is_right": resumed["files"] == whole["files"],
-                "attempts": [row.attempts for row in rows(out)],
+                "statuses": [row.status for row in rows(out)],
             }
         )
     return found
@@ -65,7 +68,7 @@ def rows(out: Path) -> list[Any]:
 
 def eight_processes(folder: Path) -> dict[str, Any]:
     """Eight runs on one folder at once."""
-    cohort = make_cohort(folder, 24, seed=2)
+    cohort = make_cohort(folder, 16, seed=2)
     alone = run(cohort, folder / "alone")
     out = folder / "shared"
     logs = [folder / f"worker-{i}.log" for i in range(8)]
@@ -116,7 +119,7 @@ def main(folder: Path, kills: int) -> None:
         "full": full_disks(folder / "full"),
         "shared": eight_processes(folder / "eight"),
         "truncated": truncated_slide(folder / "truncated"),
-        "killed": asdict(crash(kills, seed=7, folder=folder / "kills")),
+        "killed": asdict(crash(kills, seed=7, folder=folder / "kills", slides=12)),
     }
     print(json.dumps(found))
 

@@ -42,23 +42,24 @@ def test_a_full_disk_leaves_nothing_half_written(found: dict[str, Any]) -> None:
         assert "Traceback" not in said
         assert "free space" in said, run
         assert "run the same command" in said
-        named = "ledger.sqlite" if run["limit"] < 10_000 else (".h5", ".png", "ledger.sqlite")
-        assert any(name in said for name in ([named] if isinstance(named, str) else named))
+        assert any(name in said for name in (".h5", ".png", "ledger.sqlite"))
         assert run["temporary"] == [], run
         assert run["kept_is_right"], run
         assert run["resumed_code"] == 0, run
         assert run["resumed_is_right"], run
-        assert max(run["attempts"]) == 1  # a full disk is no slide's fault
-    assert any(".h5 must fit on its disk" in " ".join(run["said"].split()) for run in found["full"])
-    assert any(run["kept"] for run in found["full"])
+        assert set(run["statuses"]) == {"done"}  # a full disk is no slide's fault
+    everything = " ".join(" ".join(run["said"].split()) for run in found["full"])
+    for name in ("ledger.sqlite must", ".h5 must fit on its disk", ".png must fit on its disk"):
+        assert name in everything
+    assert [run["kept"] for run in found["full"]] == [0, 0, 0, 2, 0]
 
 
 def test_eight_processes_do_each_slide_once(found: dict[str, Any]) -> None:
     shared = found["shared"]
     assert shared["codes"] == [0] * 8, shared["said"]
-    assert sum(shared["done"]) == 24
-    assert shared["finished"] == [24] * 8
-    assert shared["attempts"] == [1] * 24
+    assert sum(shared["done"]) == 16
+    assert shared["finished"] == [16] * 8
+    assert shared["attempts"] == [1] * 16
     assert shared["same"]
 
 
