@@ -44,7 +44,7 @@ def measure(slide: Path, base_mpp: float | None, encoder_name: str) -> dict[str,
             items_from_paths([slide], base_mpp), encoder, out, EmbedOptions(overlays=True)
         )
     (outcome,) = report.outcomes
-    if outcome.status == "failed":
+    if report.lost:
         raise InputError(outcome.reason)
     return {
         "time": timestamp(),

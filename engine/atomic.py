@@ -10,12 +10,17 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modaltune.engine.errors import DiskFullError
+
 _MARK = ".modaltune-tmp"
+_TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{16}}{re.escape(_MARK)}")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Some network and FUSE file systems cannot fsync a folder at all; there the rename is the best
 # that can be had, and failing after it would report a file as unwritten that is in place.
 _NO_FOLDER_FSYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
@@ -25,8 +30,74 @@ _MAX_SUFFIX_CHARS = 16
 
 def is_temporary(path: str | Path) -> bool:
     """Tell whether a path is a temporary name of `atomic_path`, such as a killed writer leaves."""
-    name = Path(path).name
+    name = os.path.basename(path)  # not Path: this runs over folders of 100,000 files
     return name.startswith(".") and _MARK in name
+
+
+def temporary_stem(path: str | Path) -> str | None:
+    """Return the stem, cut to 40 characters, that a temporary name was made from, or None.
+
+    `stem_in_temporary` gives what to compare it with.
+    """
+    found = _TEMPORARY.match(Path(path).name)
+    return None if found is None else found[1]
+
+
+def stem_in_temporary(stem: str) -> str:
+    """Return what `temporary_stem` says of a file with this stem while it is written."""
+    return stem[:_MAX_STEM_CHARS]
+
+
+@contextlib.contextmanager
+def names_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn whatever a library raises on a full disk into one error that says what to do.
+
+    Args:
+        path: The file that the block writes.
+
+    Raises:
+        DiskFullError: The block failed for want of room.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except (OSError, RuntimeError) as error:
+        number = _error_number(error)
+        if number not in _FULL:
+            raise
+        raise DiskFullError(
+            f"{path} must fit on its disk, got {os.strerror(number).lower()!r}; free space, or "
+            "raise the quota or the limit of a file's size (ulimit -f), then run the same command: "
+            "finished work is kept"
+        ) from error
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Find the system's error number; HDF5 has it in its text only."""
+    number = getattr(error, "errno", None)
+    if number is None and (said := re.search(r"\berrno = (\d+)", str(error))):
+        number = int(said[1])
+    return number
+
+
+def reserve(path: Path, size: int) -> None:
+    """Find out that a disk is full before a library is half through with a file.
+
+    Creates `path` with room for `size` bytes. File systems that can't tell are believed.
+
+    Raises:
+        OSError: There is no room.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -46,6 +117,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: The block ended without writing the temporary file.
+        DiskFullError: There is no room for the file.
         OSError: The file or its folder could not be written.
 
     Example:
@@ -53,20 +125,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ...     temp.write_text("<html></html>")
     """
     final = Path(path)
-    _make_folder(final.parent)
-    temp = final.with_name(_temporary_name(final))
-    try:
-        yield temp
-        if not temp.exists():
-            raise FileNotFoundError(
-                f"the block of atomic_path must write the path it was given, got no file at {temp}"
-            )
-        _fsync(temp)
-        os.replace(temp, final)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    _fsync_folder(final.parent)
+    with names_full_disk(final):
+        _make_folder(final.parent)
+        temp = final.with_name(_temporary_name(final))
+        try:
+            yield temp
+            if not temp.exists():
+                raise FileNotFoundError(
+                    f"the block of atomic_path must write the path it was given, got no file at "
+                    f"{temp}"
+                )
+            _fsync(temp)
+            os.replace(temp, final)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        fsync_folder(final.parent)
 
 
 def write_json_atomic(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
@@ -97,7 +171,7 @@ def _make_folder(folder: Path) -> None:
     new = [level for level in (folder, *folder.parents) if not level.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for level in new:
-        _fsync_folder(level.parent)
+        fsync_folder(level.parent)
 
 
 def _fsync(path: Path) -> None:
@@ -109,7 +183,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the file system can."""
     try:
         _fsync(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class InputError(ValueError):
     """Something given by the user can't be used as it is; the message says why and what to do."""
@@ -21,3 +23,30 @@ class FeatureFileError(InputError):
 
 class WeightsError(InputError):
     """Weights are missing, or do not belong to the architecture they were given to."""
+
+
+class DiskFullError(InputError, OSError):
+    """A disk, a quota or the limit of a file's size has no room for an output."""
+
+
+class LedgerError(InputError):
+    """The ledger of an output folder can't be opened, read or written."""
+
+
+class RecipeChangedError(LedgerError):
+    """Finished slides were made by other settings than this run's.
+
+    Attributes:
+        differences: Setting to (stored, asked).
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        super().__init__(message)
+        self.differences = dict(differences)
+
+
+class LeaseLostError(RuntimeError):
+    """A slide was taken over by another worker, since this one's lease had run out.
+
+    Nothing is wrong with the slide: leave it to the other worker and go on with the next.
+    """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -45,6 +45,35 @@ def own_header(path: Path) -> dict[str, Any] | None:
     with open_hdf5(path) as file:
         header = _raw_attributes(file)
     return header if header.get("format") == FORMAT else None
+
+
+class FileFacts(NamedTuple):
+    """What a ledger records of a whole feature file.
+
+    Attributes:
+        tiles: Number of tiles.
+        reason: Why there are none.
+        reader: What decoded the slide.
+        payload_sha256: Checksum of features and coordinates.
+    """
+
+    tiles: int
+    reason: str
+    reader: str
+    payload_sha256: str
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read the facts of one of our feature files off its header; the payload is not looked at.
+
+    Raises:
+        FeatureFileError: It is not a readable feature file of ours.
+    """
+    with open_hdf5(path) as file:
+        if file.attrs.get("format") != FORMAT:
+            raise FeatureFileError(f"{path} must be a ModalTune feature file, got a foreign one")
+        said = (str(file.attrs[name]) for name in ("status_reason", "reader", "payload_sha256"))
+        return FileFacts(len(get_dataset(file, "features", path)), *said)
 
 
 def read_own(path: Path, *, verify: bool, mapped: bool = False) -> TileFeatures:

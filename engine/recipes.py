@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -54,6 +55,17 @@ def feature_recipe(
         },
         "recipe",
     )
+
+
+def slide_recipe(recipe: Mapping[str, Any], base_mpp: float | None) -> dict[str, Any]:
+    """Return the recipe of one slide: the run's, and the base mpp that was given for it."""
+    return dict(recipe) if base_mpp is None else {**recipe, "base_mpp_given": base_mpp}
+
+
+def recipe_sha256(recipe: Mapping[str, Any]) -> str:
+    """Hash a recipe; equal recipes have equal hashes, whatever the order of their settings."""
+    text = json.dumps(plain_json(recipe, "recipe"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def recipe_facts(feats: TileFeatures, dtype: str) -> dict[str, Any]:

@@ -32,10 +32,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from modaltune.engine.atomic import atomic_path
+from modaltune.engine.atomic import atomic_path, reserve
 from modaltune.engine.errors import FeatureFileError
 from modaltune.engine.foreign_features import read_foreign
-from modaltune.engine.own_features import FORMAT, own_header, payload_sha256, read_own
+from modaltune.engine.own_features import FORMAT, FileFacts, own_header, payload_sha256, read_own
 from modaltune.engine.recipes import (
     FORMAT_VERSION,
     differences,
@@ -61,6 +61,7 @@ __all__ = [
     "open_features",
     "payload_sha256",
     "read_features",
+    "record_features",
     "write_features",
 ]
 
@@ -102,7 +103,16 @@ def write_features(
     Raises:
         FeatureFileError: Provenance is missing or contradicts the recipe, or the arrays are not
             finite, do not fit the type, or differ in length.
+        DiskFullError: There is no room for the file.
     """
+    record_features(path, feats, dtype=dtype)
+    return Path(path)
+
+
+def record_features(
+    path: str | Path, feats: TileFeatures, *, dtype: Literal["float32", "float16"] = "float32"
+) -> FileFacts:
+    """Do what `write_features` does, and return what a ledger records of the file."""
     path = Path(path)
     features, coords = _check_payload(path, feats, dtype)
     root = _root_attributes(path, feats, features, coords)
@@ -119,13 +129,18 @@ def write_features(
         "level0_width": int(level0_width),
         "level0_height": int(level0_height),
     }
-    with atomic_path(path) as temp, h5py.File(temp, "w") as file:
-        file.attrs.update(root)
-        file.create_dataset("features", data=features).attrs.update(
-            {**naming, "encoder": feats.encoder}
-        )
-        file.create_dataset("coords", data=coords).attrs.update({**tiling, **naming})
-    return path
+    with atomic_path(path) as temp:
+        # HDF5 that runs out of room half-way leaves handles behind; a file system is asked first.
+        reserve(temp, features.nbytes + coords.nbytes + _MAX_ATTRIBUTE_BYTES)
+        with h5py.File(temp, "w") as file:
+            file.attrs.update(root)
+            file.create_dataset("features", data=features).attrs.update(
+                {**naming, "encoder": feats.encoder}
+            )
+            file.create_dataset("coords", data=coords).attrs.update({**tiling, **naming})
+    return FileFacts(
+        len(features), root["status_reason"], root["reader"], str(root["payload_sha256"])
+    )
 
 
 def read_features(

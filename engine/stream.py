@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +14,23 @@ import numpy.typing as npt
 from modaltune.engine.cohort import SlideItem
 from modaltune.engine.encoders.torch_runtime import TileEncoder
 from modaltune.engine.errors import InputError
+from modaltune.engine.ledger import Lease, Ledger, SlideRow
+from modaltune.engine.ledger_work import leases, settles
 from modaltune.engine.overlay import write_overlay
+from modaltune.engine.own_features import FileFacts
 from modaltune.engine.profile import StageTimer
 from modaltune.engine.readers import MIN_MPP, SlideReader, open_slide
-from modaltune.engine.store import (
-    TileFeatures,
-    feature_recipe,
-    is_complete,
-    open_features,
-    write_features,
-)
+from modaltune.engine.recipes import slide_recipe
+from modaltune.engine.store import TileFeatures, feature_recipe, record_features
 from modaltune.engine.tiling import TileGrid, read_tiles, tile_slide
 from modaltune.engine.tissue import find_tissue
-
-logger = logging.getLogger(__name__)
 
 READ_TILES = 64  # tiles decoded before each call of the encoder: 12 MB of 256-px RGB
 MAX_TILE_MPP, MAX_TILE_PX = 100.0, 8192  # beyond, an option was mistyped
 
-Status = Literal["done", "empty", "kept", "failed"]
+Status = Literal["done", "empty", "kept", "failed", "quarantined"]
+STATUSES = get_args(Status)
+FINISHED = ("done", "empty")
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,12 @@ class SlideOutcome:
     Attributes:
         slide_id: The slide.
         case_id: Its patient.
-        status: `done`, `empty` (no tiles, and why), `kept` (finished before), or `failed`.
+        status: `done`, `empty` (no tiles, and why), `kept` (finished before, or by another
+            process), `quarantined` (failed too often, and left alone until `modaltune retry`), or
+            `failed` (failed, and will be tried again by the next run).
         tiles: Number of tiles.
-        features: The feature file, None for a failed slide.
-        reason: Why it is empty or failed.
+        features: The feature file, None for a slide that could not be embedded.
+        reason: Why it is empty or could not be embedded.
         reader: Which reader decoded it.
         seconds: Wall-clock seconds.
     """
@@ -115,6 +113,11 @@ class EmbedReport:
         return [outcome for outcome in self.outcomes if outcome.status == status]
 
     @property
+    def lost(self) -> list[SlideOutcome]:
+        """The slides that could not be embedded."""
+        return [*self.of("failed"), *self.of("quarantined")]
+
+    @property
     def new_tiles(self) -> int:
         """Tiles encoded in this run."""
         return sum(outcome.tiles for outcome in self.of("done"))
@@ -130,7 +133,7 @@ class EmbedReport:
             "encoder": self.encoder,
             "settings": self.settings,
             "slides": slides,
-            "counts": {s: len(self.of(s)) for s in ("done", "empty", "kept", "failed")},
+            "counts": {s: len(self.of(s)) for s in STATUSES},
             "tiles": self.new_tiles,
             "elapsed_s": self.elapsed_s,
             "stages_s": self.stages_s,
@@ -150,24 +153,32 @@ def embed_slides(
     out: str | Path,
     options: EmbedOptions | None = None,
     *,
+    new_recipe: bool = False,
     on_tiles: Callable[[SlideItem, int, int], None] | None = None,
     on_slide: Callable[[SlideOutcome], None] | None = None,
 ) -> EmbedReport:
     """Turn slides into feature files; a slide that fails costs itself only.
 
-    Slides finished by the same recipe are kept as they are. A file made by another recipe is never
-    overwritten: that slide fails and says what differs.
+    The ledger in `out` (`modaltune.engine.ledger`) says what is finished: such slides are kept as
+    they are, and any number of processes share the rest. A slide that fails is tried again after
+    the others, and left alone after three attempts.
 
     Args:
         items: The slides, with distinct ids.
         encoder: The tile encoder.
         out: Output folder; features go to `features_<encoder>/<slide>.h5` below it.
         options: How to tile; the published recipe unless given.
+        new_recipe: Make slides again that were finished by other settings; refused otherwise.
         on_tiles: Called with the slide, tiles done and tiles in all.
         on_slide: Called with each outcome.
 
     Returns:
         The outcomes in the order of `items`, and where the time went.
+
+    Raises:
+        RecipeChangedError: Finished slides were made by other settings.
+        LedgerError: The ledger can't be used.
+        DiskFullError: There is no room; run again once there is.
     """
     options = options or EmbedOptions()
     folder = features_folder(Path(out), encoder)
@@ -181,42 +192,72 @@ def embed_slides(
         tissue=options.tissue,
     )
     timer = StageTimer()
-    outcomes = []
-    for item in items:
-        before = timer.elapsed_s
-        try:
-            outcome = _embed_one(item, encoder, folder, options, recipe, timer, on_tiles)
-        except InputError as error:
-            logger.error("slide %s failed: %s", item.slide_id, error)
-            outcome = SlideOutcome(item.slide_id, item.case_id, "failed", reason=str(error))
-        outcome = SlideOutcome(**{**vars(outcome), "seconds": timer.elapsed_s - before})
-        outcomes.append(outcome)
-        if on_slide is not None:
-            on_slide(outcome)
-    return EmbedReport(
-        tuple(outcomes),
-        timer.split(),
-        timer.elapsed_s,
-        encoder.name,
-        json.loads(json.dumps(recipe)),
-    )
+    opened = Ledger.open(out, recipe, items, features=folder.name, new_recipe=new_recipe)
+    with opened as ledger, ledger.beating():
+        run = _Run(ledger, Path(out), on_slide)
+        run.tell(FINISHED)
+        for lease in leases(ledger):
+            if lease is None:
+                continue
+            before, start = dict(timer.seconds), timer.elapsed_s
+            with settles(ledger, lease, run.tell_row):
+                facts = _embed_one(lease, encoder, options, recipe, timer, on_tiles)
+                spent = {stage: timer.seconds[stage] - before[stage] for stage in before}
+                row = ledger.commit_done(lease, facts, timings=spent)
+                run.seconds[row.slide_id] = timer.elapsed_s - start
+                run.tell_row(row)
+        outcomes = run.tell(STATUSES)
+    return EmbedReport(outcomes, timer.split(), timer.elapsed_s, encoder.name, recipe)
+
+
+class _Run:
+    """What became of a run's slides, and who was told so far."""
+
+    def __init__(
+        self, ledger: Ledger, out: Path, on_slide: Callable[[SlideOutcome], None] | None
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self._ledger, self._out, self._on_slide = ledger, out, on_slide
+        self._told: set[str] = set()
+
+    def tell(self, statuses: Sequence[str]) -> tuple[SlideOutcome, ...]:
+        """Return the slides of some statuses and tell of those not told of yet."""
+        rows = [row for row in self._ledger.rows() if row.status in statuses]
+        for row in rows:
+            self.tell_row(row)
+        return tuple(self._outcome(row) for row in rows)
+
+    def tell_row(self, row: SlideRow) -> None:
+        """Tell of one slide, unless it is tried again."""
+        if self._on_slide is not None and row.status != "failed" and row.slide_id not in self._told:
+            self._told.add(row.slide_id)
+            self._on_slide(self._outcome(row))
+
+    def _outcome(self, row: SlideRow) -> SlideOutcome:
+        is_finished = row.status in FINISHED
+        status = "kept" if is_finished and row.slide_id not in self.seconds else row.status
+        return SlideOutcome(
+            row.slide_id,
+            row.case_id,
+            cast(Status, status),
+            row.tiles,
+            self._out / row.features if is_finished else None,
+            row.reason,
+            row.reader,
+            self.seconds.get(row.slide_id, 0.0),
+        )
 
 
 def _embed_one(
-    item: SlideItem,
+    lease: Lease,
     encoder: TileEncoder,
-    folder: Path,
     options: EmbedOptions,
     recipe: dict[str, Any],
     timer: StageTimer,
     on_tiles: Callable[[SlideItem, int, int], None] | None,
-) -> SlideOutcome:
-    target = folder / f"{item.slide_id}.h5"
-    if item.base_mpp is not None:
-        recipe = {**recipe, "base_mpp_given": item.base_mpp}
-    finished = _finished(item, target, recipe)
-    if finished is not None:
-        return finished
+) -> FileFacts:
+    """Make one slide's feature file and overlay."""
+    item, target = lease.item, lease.features
     with timer.stage("open"):
         slide = open_slide(item.path, base_mpp=item.base_mpp, reader=options.reader)
     with slide:
@@ -234,9 +275,9 @@ def _embed_one(
         with timer.stage("write"):
             if options.overlays:
                 write_overlay(
-                    folder.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid
+                    target.parent.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid
                 )
-            write_features(
+            return record_features(
                 target,
                 TileFeatures(
                     slide=item.slide_id,
@@ -251,38 +292,11 @@ def _embed_one(
                     level0_size=slide.dimensions,
                     reader=slide.name,
                     extra={"mpp_source": slide.mpp_source, "tissue_share": tissue.share},
-                    recipe=recipe,
+                    recipe=slide_recipe(recipe, item.base_mpp),
                     empty_reason=grid.reason or None,
                 ),
                 dtype=options.dtype,
             )
-    status: Status = "done" if len(grid) else "empty"
-    return SlideOutcome(
-        item.slide_id, item.case_id, status, len(grid), target, grid.reason, slide.name
-    )
-
-
-def _finished(item: SlideItem, target: Path, recipe: dict[str, Any]) -> SlideOutcome | None:
-    """Return the outcome of a slide that needs no work, or None.
-
-    Raises:
-        InputError: There is a file that this run must not replace.
-    """
-    found = is_complete(target, recipe)
-    if found == "missing":
-        return None
-    if found in ("done", "empty"):
-        kept = open_features(target)
-        return SlideOutcome(
-            item.slide_id, item.case_id, "kept", len(kept), target, kept.empty_reason or ""
-        )
-    if found[0] == "damaged":
-        logger.warning("%s is damaged (%s); it is made again", target, found[1])
-        return None
-    raise InputError(
-        f"{target} must have been made by this run's settings, got others: {', '.join(found[1])}; "
-        "use another --out, or delete the file"
-    )
 
 
 def _encode(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from modaltune.benchmarks.command import bench_app
+from modaltune.cli_ledger import retry, status
 from modaltune.cli_measure import plan, profile
 from modaltune.cli_parts import (
     FAILED,
@@ -199,12 +200,18 @@ def embed(
         Path | None, typer.Option(help="Clinical table for --model, with a case_id column.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    new_recipe: Annotated[
+        bool,
+        typer.Option("--new-recipe", help="Make slides again that other settings finished."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn slides into tile features, and with --model into patient embeddings.
 
     Features go to OUT/features_<encoder>/<slide>.h5, embeddings to OUT/embeddings.parquet. Run it
-    again to go on: finished slides are kept. Exits 1 when a slide failed.
+    again to go on: OUT/ledger.sqlite knows what is finished. Several processes with the same --out
+    share the work. A slide that fails three times is left alone: `modaltune status OUT` says why,
+    `modaltune retry OUT` tries again. Exits 1 when a slide could not be embedded.
     """
     from modaltune.embedding import EmbedRequest, embed_request
 
@@ -232,17 +239,18 @@ def embed(
         genes=genes,
         clinical=clinical,
         device=device,
+        new_recipe=new_recipe,
     )
     report, summary = embed_request(request, console=None if as_json else err_console)
     if as_json:
         print_json(summary)
     else:
-        _render_embed(report, summary)
-    if report.of("failed"):
+        _render_embed(report, summary, out)
+    if report.lost:
         raise typer.Exit(FAILED)
 
 
-def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
+def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> None:
     from modaltune.console_tables import outcome_table, stage_table
 
     out_console.print(outcome_table(report))
@@ -253,10 +261,17 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any]) -> None:
         out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     for line in summary["written"]:
         out_console.print(f"wrote {line}", highlight=False, soft_wrap=True, markup=False)
+    if report.lost:
+        out_console.print(
+            f"{len(report.lost)} of {len(report.outcomes)} slides could not be embedded: mend them "
+            f"(the notes and `modaltune status {out}` say why), then `modaltune retry {out}` and "
+            "the same command again",
+            highlight=False, soft_wrap=True, markup=False, style="bold red",
+        )  # fmt: skip
 
 
-for measured in (plan, profile):
-    app.command()(measured)
+for command in (status, retry, plan, profile):
+    app.command()(command)
 
 
 @app.command()

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from modaltune.engine.stream import EmbedReport
+from modaltune.engine.ledger_report import SetStatus
 
-STATUS_STYLE = {"done": "green", "kept": "cyan", "empty": "yellow", "failed": "bold red"}
+if TYPE_CHECKING:
+    from modaltune.engine.stream import EmbedReport
+
+STATUS_STYLE = {
+    "done": "green",
+    "kept": "cyan",
+    "empty": "yellow",
+    "failed": "bold red",
+    "quarantined": "bold red",
+    "running": "cyan",
+    "pending": "dim",
+}
+LEASE_STYLE = {"alive": "green", "gone": "yellow", "expired": "yellow"}
 
 
 def slide_table(info: Mapping[str, Any]) -> Table:
@@ -78,4 +90,67 @@ def stage_table(report: EmbedReport) -> Table:
     table.add_section()
     rate = report.new_tiles / total
     table.add_row("all", f"{report.elapsed_s:.2f}", f"{rate:.1f} tiles/s")
+    return table
+
+
+def status_tables(sets: Sequence[SetStatus], most: int = 40) -> Iterator[Table]:
+    """Return what a ledger says: per encoder its counts, who is at work, and what failed."""
+    for one in sets:
+        yield _count_table(one)
+        if one.running:
+            yield _lease_table(one)
+        if one.problems:
+            yield _problem_table(one, most)
+
+
+def _count_table(one: SetStatus) -> Table:
+    table = Table(title=escape(one.features), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for status, count in one.counts.items():
+        style = STATUS_STYLE[status] if count else "dim"
+        table.add_row(status, f"[{style}]{count}[/]")
+    table.add_section()
+    table.add_row("tiles", str(one.tiles))
+    rate = "not known yet" if one.slides_per_h is None else f"{one.slides_per_h:.1f}"
+    table.add_row("slides/h", rate)
+    table.add_section()
+    for setting, value in one.recipe.items():
+        table.add_row(escape(setting), escape(str(value)))
+    return table
+
+
+def _lease_table(one: SetStatus) -> Table:
+    table = Table(title=f"At work for {escape(one.features)}", title_justify="left")
+    for column in ("slide", "host", "process", "minutes", "silent, s", "state"):
+        numeric = column in ("process", "minutes", "silent, s")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for lease in one.running:
+        table.add_row(
+            escape(lease.slide_id),
+            escape(lease.host),
+            str(lease.pid),
+            f"{lease.age_s / 60:.1f}",
+            f"{lease.silent_s:.0f}",
+            f"[{LEASE_STYLE[lease.state]}]{lease.state}[/]",
+        )
+    return table
+
+
+def _problem_table(one: SetStatus, most: int) -> Table:
+    table = Table(title=f"Not embedded in {escape(one.features)}", title_justify="left")
+    for column in ("slide", "status", "attempts", "reason"):
+        table.add_column(
+            column, justify="right" if column == "attempts" else "left", overflow="fold"
+        )
+    for row in one.problems[:most]:
+        style = STATUS_STYLE[row.status]
+        table.add_row(
+            escape(row.slide_id),
+            f"[{style}]{row.status}[/]",
+            str(row.attempts),
+            escape(row.reason),
+        )
+    if len(one.problems) > most:
+        table.add_row(f"and {len(one.problems) - most} more, all with --json", "", "", "")
     return table

@@ -206,9 +206,8 @@ def _embed(out: Path, step: Callable[[int, int], None]) -> EmbedReport:
         step(done, len(items))
 
     report = embed_slides(items, load_encoder(), out, EmbedOptions(), on_slide=advance)
-    failed = report.of("failed")
-    if failed:
-        raise InputError(f"slide {failed[0].slide_id} of the demo failed: {failed[0].reason}")
+    for lost in report.lost:
+        raise InputError(f"slide {lost.slide_id} of the demo failed: {lost.reason}")
     return report
 
 

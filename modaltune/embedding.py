@@ -57,6 +57,7 @@ class EmbedRequest:
     genes: Path | None = None
     clinical: Path | None = None
     device: str = "cpu"
+    new_recipe: bool = False
 
 
 def embed_request(
@@ -75,7 +76,7 @@ def embed_request(
     Raises:
         InputError: Something asked for breaks a rule; that is found before the first slide is
             opened, and nothing has been written then. Slides that fail on the way are in the
-            report instead.
+            report instead. A full disk ends the run as one.
     """
     items = _items(request)
     run = None if request.model is None else load_run(request.model, device=request.device)
@@ -91,7 +92,7 @@ def embed_request(
     if run is not None:
         _check_encoder(run, encoder, request)
         _check_tables(run, items, tables)
-    report = _embed_with_progress(items, encoder, request.out, options, console)
+    report = _embed_with_progress(items, encoder, request, options, console)
     folders = (features_folder(request.out, encoder), request.out / "overlays")
     written = [str(folder) for folder in folders if folder.is_dir()]
     summary = report.to_dict()
@@ -216,7 +217,7 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
 def _embed_with_progress(
     items: list[SlideItem],
     encoder: TileEncoder,
-    out: Path,
+    request: EmbedRequest,
     options: EmbedOptions,
     console: Console | None,
 ) -> EmbedReport:
@@ -236,7 +237,15 @@ def _embed_with_progress(
             def on_slide(outcome: Any) -> None:
                 bars.advance(total)
 
-        return embed_slides(items, encoder, out, options, on_tiles=on_tiles, on_slide=on_slide)
+        return embed_slides(
+            items,
+            encoder,
+            request.out,
+            options,
+            new_recipe=request.new_recipe,
+            on_tiles=on_tiles,
+            on_slide=on_slide,
+        )
 
 
 def _progress(console: Console) -> Progress:

@@ -1,9 +1,13 @@
 """Errors of the whole package under one roof; those of slides and files come from the engine."""
 
 from modaltune.engine.errors import (
+    DiskFullError,
     FeatureFileError,
     InputError,
+    LeaseLostError,
+    LedgerError,
     MissingMppError,
+    RecipeChangedError,
     SlideError,
     WeightsError,
 )
@@ -20,9 +24,13 @@ class CohortError(InputError):
 __all__ = [
     "CheckpointError",
     "CohortError",
+    "DiskFullError",
     "FeatureFileError",
     "InputError",
+    "LeaseLostError",
+    "LedgerError",
     "MissingMppError",
+    "RecipeChangedError",
     "SlideError",
     "WeightsError",
 ]

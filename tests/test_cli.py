@@ -87,8 +87,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["doctor"], ["slides", "info"], ["embed"], ["golden"],
-                ["import-checkpoint"]]
+    "command", [[], ["demo"], ["doctor"], ["slides", "info"], ["embed"], ["status"], ["retry"],
+                ["golden"], ["import-checkpoint"]]
 )  # fmt: skip
 def test_every_command_has_help(command: list[str]) -> None:
     result = run(*command, "--help")
@@ -141,6 +141,7 @@ def test_embed_slides_and_resume(tmp_path: Path) -> None:
     assert json.loads(run(*words).stdout)["counts"]["kept"] == 1
     assert files(tmp_path / "out") == {
         "features_efficientnet-lite0/a.h5",
+        "ledger.sqlite",
         "overlays/a.png",
         "report.json",
     }
@@ -185,7 +186,7 @@ def test_files_that_are_no_slides(tmp_path: Path, content: bytes, message: str) 
     assert result.exit_code == 1
     assert "x.svs" in said(result)
     assert message in said(result).lower() or "must" in said(result)
-    assert files(tmp_path / "out") == {"report.json"}
+    assert files(tmp_path / "out") == {"ledger.sqlite", "report.json"}
 
 
 @pytest.mark.shared
@@ -196,7 +197,7 @@ def test_truncated_slides(tmp_path: Path, shared_dir: Path, percent: int) -> Non
     result = run("embed", tmp_path / "cut.svs", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "truncated" in said(result)
-    assert files(tmp_path / "out") == {"report.json"}
+    assert files(tmp_path / "out") == {"ledger.sqlite", "report.json"}
 
 
 def test_slides_without_mpp(tmp_path: Path) -> None:

@@ -19,13 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modaltune.engine import store
-from modaltune.engine.errors import FeatureFileError
+from modaltune.engine.errors import DiskFullError, FeatureFileError
+from modaltune.engine.own_features import file_facts
 from modaltune.engine.store import (
     TileFeatures,
     feature_recipe,
     is_complete,
     open_features,
+    payload_sha256,
     read_features,
+    record_features,
     write_features,
 )
 
@@ -298,6 +301,15 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == [], message
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_facts_of_a_file_are_those_it_was_written_with(tmp_path: Path, rows: int) -> None:
+    feats = make(rows)
+    facts = record_features(tmp_path / "a.h5", feats)
+    assert facts == file_facts(tmp_path / "a.h5")
+    assert facts == (rows, feats.empty_reason or "", feats.reader, facts.payload_sha256)
+    assert facts.payload_sha256 == payload_sha256(feats.features, feats.coords)
+
+
 def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_features(tmp_path / "a.h5", make())
     before = path.read_bytes()
@@ -306,7 +318,7 @@ def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(h5py.Group, "create_dataset", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match=r"a.h5 must fit on its disk, got .no space left"):
         write_features(path, make(seed=1))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.h5"]

@@ -12,6 +12,7 @@ import torch
 from modaltune.engine.cohort import SlideItem, items_from_paths
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.errors import RecipeChangedError
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.store import read_features
 from modaltune.engine.stream import EmbedOptions, embed_slides, features_folder
@@ -72,13 +73,20 @@ def test_a_finished_slide_is_kept_and_a_different_recipe_refused(
     first = embed_slides(items, encoder, out, OPTIONS).outcomes[0]
     assert first.features is not None
     before = first.features.read_bytes()
-    assert embed_slides(items, encoder, out, OPTIONS).outcomes[0].status == "kept"
-    changed = embed_slides(items, encoder, out, EmbedOptions(min_foreground=0.5)).outcomes[0]
-    assert changed.status == "failed"
-    assert "min_foreground" in changed.reason
+    again = embed_slides(items, encoder, out, OPTIONS).outcomes[0]
+    assert (again.status, again.tiles, again.features) == ("kept", 6, first.features)
+    other = EmbedOptions(min_foreground=0.5)
+    with pytest.raises(RecipeChangedError, match=r"min_foreground: stored 0.9, asked 0.5;.*--out"):
+        embed_slides(items, encoder, out, other)
     other_mpp = [SlideItem(slide, "pink", "pink", base_mpp=0.49)]
-    assert "base_mpp_given" in embed_slides(other_mpp, encoder, out, OPTIONS).outcomes[0].reason
+    with pytest.raises(
+        RecipeChangedError, match=r"base_mpp_given of pink: stored \(not set\), ask"
+    ):
+        embed_slides(other_mpp, encoder, out, OPTIONS)
     assert first.features.read_bytes() == before
+    made = embed_slides(items, encoder, out, other, new_recipe=True).outcomes[0]
+    assert made.status == "done"
+    assert read_features(first.features).recipe["min_foreground"] == 0.5
 
 
 def test_a_damaged_file_is_made_again(slide: Path, encoder: TileEncoder, tmp_path: Path) -> None:
@@ -99,23 +107,43 @@ def test_a_bad_slide_costs_itself_only(slide: Path, encoder: TileEncoder, tmp_pa
     write_pyramid(blank, np.full((600, 600, 3), 255, np.uint8), mpp=0.5)
     unknown = tmp_path / "slides" / "unknown.tiff"
     write_pyramid(unknown, np.full((600, 600, 3), 90, np.uint8), mpp=None)
-    done: list[str] = []
+    items = items_from_paths([bad, blank, unknown, slide])
+    told: list[str] = []
     report = embed_slides(
-        items_from_paths([bad, blank, unknown, slide]),
+        items,
         encoder,
         tmp_path / "out",
         OPTIONS,
-        on_slide=lambda outcome: done.append(outcome.slide_id),
+        on_slide=lambda outcome: told.append(outcome.slide_id),
     )
-    assert [o.status for o in report.outcomes] == ["failed", "empty", "failed", "done"]
-    assert done == ["bad", "blank", "unknown", "pink"]
+    assert [o.status for o in report.outcomes] == ["quarantined", "empty", "quarantined", "done"]
+    assert sorted(told) == ["bad", "blank", "pink", "unknown"]
     assert "bad.svs" in report.outcomes[0].reason
     assert "no tissue" in report.outcomes[1].reason
     assert "--base-mpp" in report.outcomes[2].reason
+    assert [o.slide_id for o in report.lost] == ["bad", "unknown"]
     folder = features_folder(tmp_path / "out", encoder)
     assert sorted(p.name for p in folder.iterdir()) == ["blank.h5", "pink.h5"]
     empty = read_features(folder / "blank.h5")
     assert empty.features.shape == (0, 1280)
     assert empty.empty_reason
     counts = report.to_dict()["counts"]
-    assert counts == {"done": 1, "empty": 1, "kept": 0, "failed": 2}
+    assert counts == {"done": 1, "empty": 1, "kept": 0, "failed": 0, "quarantined": 2}
+    alone = tmp_path / "alone"
+    embed_slides(items_from_paths([slide]), encoder, alone, OPTIONS)
+    undisturbed = features_folder(alone, encoder) / "pink.h5"
+    assert undisturbed.read_bytes() == (folder / "pink.h5").read_bytes()
+    told.clear()
+    later = embed_slides(items, encoder, tmp_path / "out", OPTIONS)
+    assert [o.status for o in later.outcomes] == ["quarantined", "kept", "quarantined", "kept"]
+    assert later.outcomes[0].reason == report.outcomes[0].reason
+
+
+def test_a_slide_that_lacked_its_mpp_is_tried_again_with_it(
+    encoder: TileEncoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "unknown.tiff"
+    write_pyramid(path, np.full((600, 600, 3), 90, np.uint8), mpp=None)
+    assert embed_slides(items_from_paths([path]), encoder, tmp_path, OPTIONS).lost
+    report = embed_slides(items_from_paths([path], 0.5), encoder, tmp_path, OPTIONS)
+    assert report.outcomes[0].status == "done"
