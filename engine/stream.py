@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.errors import InputError
 from modaltune.engine.overlay import write_overlay
 from modaltune.engine.profile import StageTimer

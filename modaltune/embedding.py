@@ -26,7 +26,7 @@ from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import DEFAULT_ENCODER
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides, features_folder
 from modaltune.errors import InputError
 from modaltune.omics import read_expression

@@ -25,7 +25,7 @@ from modaltune.engine.encoders.registry import (
 from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.encoders.timm_source import PREFIX as TIMM_PREFIX
 from modaltune.engine.encoders.timm_source import load_timm
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.encoders.weights import (
     cached_weights,
     find_weights,
@@ -79,7 +79,7 @@ def load_encoder(
     device: torch.device | str = "cpu",
     precision: str | None = None,
     batch_size: int | None = None,
-) -> TileEncoder:
+) -> TorchEncoder:
     """Load a tile encoder with its weights; nothing is downloaded unless `allow_download` is set.
 
     Args:
@@ -105,7 +105,7 @@ def load_encoder(
         raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
     path = None if weights is None else Path(weights)
     spec, features = _load(name, path, allow_download, trust_remote_code)
-    encoder = TileEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
+    encoder = TorchEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
     logger.info(
         "tile encoder %s: %d features, %d px of %d px tiles at %g mpp, %s on %s",
         spec.name,
