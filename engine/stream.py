@@ -250,7 +250,11 @@ def _embed_one(
                     encoder_sha256=encoder.weights_sha256,
                     level0_size=slide.dimensions,
                     reader=slide.name,
-                    extra={"mpp_source": slide.mpp_source, "tissue_share": tissue.share},
+                    extra={
+                        "mpp_source": slide.mpp_source,
+                        "tissue_share": tissue.share,
+                        **encoder.provenance(),
+                    },
                     recipe=recipe,
                     empty_reason=grid.reason or None,
                 ),

@@ -57,6 +57,8 @@ class EmbedRequest:
     genes: Path | None = None
     clinical: Path | None = None
     device: str = "cpu"
+    runtime: str = "auto"
+    runtime_fallback: bool = False
 
 
 def embed_request(
@@ -87,6 +89,9 @@ def embed_request(
         allow_download=request.allow_download,
         trust_remote_code=request.trust_remote_code,
         device=request.device,
+        runtime=request.runtime,
+        tile_px=options.tile_px,
+        runtime_fallback=request.runtime_fallback,
     )
     if run is not None:
         _check_encoder(run, encoder, request)
@@ -95,6 +100,7 @@ def embed_request(
     folders = (features_folder(request.out, encoder), request.out / "overlays")
     written = [str(folder) for folder in folders if folder.is_dir()]
     summary = report.to_dict()
+    summary["runtime"] = encoder.settings()
     if run is not None:
         embeddings = embed_cohort(run, Cohort(_features_by_case(report), *tables))
         path = write_embeddings(request.out / "embeddings.parquet", run, embeddings)

@@ -89,13 +89,11 @@ def test_it_says_what_it_is(eager: TorchEncoder) -> None:
     assert encoder.weights_sha256 == eager.weights_sha256
     assert encoder.provenance() == {
         "runtime": "onnxruntime",
+        "runtime_version": onnxruntime.__version__,
         "precision": "fp32",
         "device": "cpu",
-        "batch_size": 2,
-        "version": onnxruntime.__version__,
-        "workers": 2,
-        "threads": 1,
     }
+    assert encoder.settings() == {**encoder.provenance(), "batch_size": 2}
 
 
 def test_layouts_of_a_machine() -> None:

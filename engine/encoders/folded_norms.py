@@ -72,10 +72,12 @@ def _feeding_convolutions(
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None  # as selected
-    spread = torch.rsqrt(norm.running_var.double() + norm.eps)
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        raise ValueError("norm must have running statistics, got none; fold in evaluation mode")
+    spread = torch.rsqrt(variance.double() + norm.eps)
     scale = spread if norm.weight is None else norm.weight.double() * spread
-    shift = -norm.running_mean.double() * scale
+    shift = -mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     if convolution.bias is not None:

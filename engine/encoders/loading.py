@@ -22,6 +22,7 @@ from modaltune.engine.encoders.registry import (
     is_dynamic,
     list_encoders,
 )
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.encoders.timm_source import PREFIX as TIMM_PREFIX
 from modaltune.engine.encoders.timm_source import load_timm
@@ -70,7 +71,7 @@ def _load(
     return load_transformers(name, weights, allow_download, trust_remote_code)
 
 
-def load_encoder(
+def load_eager(
     name: str = DEFAULT_ENCODER,
     *,
     weights: Path | str | None = None,
@@ -80,26 +81,7 @@ def load_encoder(
     precision: str | None = None,
     batch_size: int | None = None,
 ) -> TorchEncoder:
-    """Load a tile encoder with its weights; nothing is downloaded unless `allow_download` is set.
-
-    Args:
-        name: A registered name (`list_encoders`), `timm:NAME`, `timm:FOLDER`, `transformers:NAME`
-            or `transformers:FOLDER`.
-        weights: Weights file (`.safetensors`, or `.pt`, `.pth`, `.bin` with tensors only) or a
-            folder that holds it. Default: the installed package or the local hub cache.
-        allow_download: Whether missing weights may be fetched from the hub.
-        trust_remote_code: Full commit id whose model code may run; only for `transformers:`.
-        device: Where the encoder runs.
-        precision: `fp32`, `fp16` or `bf16`; default fp32 on a CPU, the spec's on a GPU.
-        batch_size: Tiles at a time.
-
-    Returns:
-        The encoder, in evaluation mode.
-
-    Raises:
-        InputError: The name, device or a setting can't be used.
-        WeightsError: The weights are missing, damaged or another network's.
-    """
+    """Load a tile encoder in eager PyTorch; arguments and errors as `load_encoder`."""
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
@@ -117,6 +99,64 @@ def load_encoder(
         place,
     )
     return encoder
+
+
+def load_encoder(
+    name: str = DEFAULT_ENCODER,
+    *,
+    weights: Path | str | None = None,
+    allow_download: bool = False,
+    trust_remote_code: str | None = None,
+    device: torch.device | str = "cpu",
+    precision: str | None = None,
+    batch_size: int | None = None,
+    runtime: str | None = None,
+    tile_px: int | None = None,
+    runtime_fallback: bool = False,
+) -> TileEncoder:
+    """Load a tile encoder with its weights; nothing is downloaded unless `allow_download` is set.
+
+    Args:
+        name: A registered name (`list_encoders`), `timm:NAME`, `timm:FOLDER`, `transformers:NAME`
+            or `transformers:FOLDER`.
+        weights: Weights file (`.safetensors`, or `.pt`, `.pth`, `.bin` with tensors only) or a
+            folder that holds it. Default: the installed package or the local hub cache.
+        allow_download: Whether missing weights may be fetched from the hub.
+        trust_remote_code: Full commit id whose model code may run; only for `transformers:`.
+        device: Where the encoder runs.
+        precision: `fp32`, `fp16` or `bf16`; default fp32 on a CPU, the spec's on a GPU.
+        batch_size: Tiles at a time; default the fastest of some with a `runtime`.
+        runtime: `auto` (the fastest here, measured once a machine and remembered), `torch`,
+            `torch-compile`, `onnxruntime` or `tensorrt`. Default: eager PyTorch as it is; nothing
+            is measured or written.
+        tile_px: Side of the tiles to come, for a runtime; default the spec's.
+        runtime_fallback: Whether eager PyTorch takes over where the runtime can't be had.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        InputError: The name, device, runtime or a setting can't be used.
+        WeightsError: The weights are missing, damaged or another network's.
+        GateError: The runtime gives other features than eager PyTorch.
+    """
+    encoder = load_eager(
+        name,
+        weights=weights,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    if runtime is None:
+        return encoder
+    # Imported here: the exporters take a second that eager PyTorch does without.
+    from modaltune.engine.encoders.runtime_choice import open_runtime
+
+    return open_runtime(
+        encoder, runtime, tile_px=tile_px, batch_size=batch_size, fallback=runtime_fallback
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/modaltune/encoders`, by default below `~/.cache`; it may not exist."""
+    """Return `$XDG_CACHE_HOME/modaltune/encoders` (default below `~/.cache`); it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "modaltune" / "encoders"
 

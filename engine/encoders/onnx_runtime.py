@@ -117,16 +117,12 @@ class OnnxEncoder(TileEncoder):
         """The hash of the eager encoder."""
         return self._eager.weights_sha256
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what computed the features, as JSON values."""
+    @property
+    def version(self) -> str:
+        """Version of ONNX Runtime."""
         import onnxruntime
 
-        return {
-            **super().provenance(),
-            "version": onnxruntime.__version__,
-            "workers": self.layout.workers,
-            "threads": self.layout.threads,
-        }
+        return str(onnxruntime.__version__)
 
     def _run(self, tiles: Tensor, size: int) -> Tensor:
         pixels: NDArray[np.uint8] = tiles.cpu().contiguous().numpy()
@@ -178,7 +174,7 @@ def _joined(parts: Sequence[NDArray[np.float32]]) -> Tensor:
 
 
 def graph_name(encoder: TorchEncoder, size: tuple[int, int]) -> str:
-    """Return the file name of an encoder's graph in the cache: it changes with all it depends on."""
+    """Return the file name of an encoder's graph in the cache; it stands for all it depends on."""
     facts = {
         "weights": encoder.weights_sha256,
         "spec": spec_facts(encoder.spec),

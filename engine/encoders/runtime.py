@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +58,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _FULL)
 
 
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """How a runtime came to be used.
+
+    Attributes:
+        runtime: Its name.
+        why: `asked`, `environment`, `measured`, `cached` or `fallback`.
+        rates: Tiles/s on the probe batch by runtime, each at its best setting; empty where nothing
+            was measured.
+        settings: Batch size, workers and threads that were fastest.
+    """
+
+    runtime: str
+    why: str
+    rates: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return one line for a log or a report."""
+        rates = sorted(self.rates.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {rate:.4g}" for name, rate in rates)
+        gain = ""
+        if self.runtime in self.rates and self.rates.get("torch") and self.runtime != "torch":
+            gain = f", {self.rates[self.runtime] / self.rates['torch']:.1f} x torch"
+        return f"{self.runtime} ({self.why}{gain}{f'; tiles/s: {shown}' if shown else ''})"
+
+
 class TileEncoder(ABC):
     """A tile encoder with its weights, ready to encode; one subclass for each runtime.
 
@@ -76,8 +105,10 @@ class TileEncoder(ABC):
         device: The device.
         precision: The arithmetic in use.
         batch_size: Tiles at a time from now on.
+        choice: How this runtime was chosen, None where it was simply asked for.
     """
 
+    choice: RuntimeChoice | None = None
     runtime: ClassVar[str]
 
     def __init__(
@@ -109,17 +140,34 @@ class TileEncoder(ABC):
     def weights_sha256(self) -> str:
         """SHA-256 over the names, types, shapes and bytes of the loaded tensors, in key order."""
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what computed the features, as JSON values: for `extra` of a feature file.
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Version of the library that computes."""
 
-        Features of two runtimes are equal within tolerance, so none of this is in the recipe.
+    def provenance(self) -> dict[str, str]:
+        """Return what computed the features: for `extra` of a feature file.
+
+        Features of two runtimes are equal within tolerance, so none of this is in the recipe. The
+        same on every run, so that a resumed run writes the bytes that an unbroken one does.
         """
         return {
             "runtime": self.runtime,
+            "runtime_version": self.version,
             "precision": self.precision,
-            "device": str(self.device),
-            "batch_size": self.batch_size,
+            "device": self.device.type,
         }
+
+    def settings(self) -> dict[str, Any]:
+        """Return provenance, batch size and how the runtime was chosen, as JSON values."""
+        said: dict[str, Any] = {**self.provenance(), "batch_size": self.batch_size}
+        if self.choice is not None:
+            said |= {
+                "chosen": self.choice.why,
+                "tiles_per_s": dict(self.choice.rates),
+                "layout": dict(self.choice.settings),
+            }
+        return said
 
     def encode(self, tiles: NDArray[np.uint8] | Tensor, *, batch_size: int | None = None) -> Tensor:
         """Encode tiles of any one size.
@@ -167,6 +215,7 @@ class TileEncoder(ABC):
 
     def _release_memory(self) -> None:
         """Give cached memory back before a smaller batch is tried."""
+        gc.collect()
 
     def _try(self, tiles: Tensor, size: int) -> Tensor | None:
         """Return `[b, width]` on the CPU, or None where memory ran out."""

@@ -66,6 +66,11 @@ class TorchEncoder(TileEncoder):
         """
         return hash_tensors(self.features.published_state())
 
+    @property
+    def version(self) -> str:
+        """Version of torch."""
+        return str(torch.__version__)
+
     def _run(self, tiles: Tensor, size: int) -> Tensor:
         with torch.inference_mode(), self._autocast():
             return self.features(self._pixels(tiles[:size])).to("cpu", torch.float32)
