@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from modaltune.benchmarks.encoders_command import encoders as encoders_command
 from modaltune.benchmarks.model_command import model as model_command
 from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
 
@@ -181,3 +182,4 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
 
 
 bench_app.command("model")(reports_errors(model_command))
+bench_app.command("encoders")(encoders_command)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.errors import InputError
 from modaltune.engine.ledger import Lease, Ledger, SlideRow
 from modaltune.engine.ledger_work import leases, settles
@@ -291,7 +291,11 @@ def _embed_one(
                     encoder_sha256=encoder.weights_sha256,
                     level0_size=slide.dimensions,
                     reader=slide.name,
-                    extra={"mpp_source": slide.mpp_source, "tissue_share": tissue.share},
+                    extra={
+                        "mpp_source": slide.mpp_source,
+                        "tissue_share": tissue.share,
+                        **encoder.provenance(),
+                    },
                     recipe=slide_recipe(recipe, item.base_mpp),
                     empty_reason=grid.reason or None,
                 ),

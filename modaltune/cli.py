@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from modaltune.benchmarks.command import bench_app
+from modaltune.cli_export import export_encoder
 from modaltune.cli_ledger import retry, status
 from modaltune.cli_measure import plan, profile
 from modaltune.cli_parts import (
@@ -43,6 +44,10 @@ BaseMpp = Annotated[
     typer.Option("--base-mpp", help="Microns per level-0 pixel of slides that do not say it."),
 ]
 Impl = Literal["auto", "cpu", "reference", "triton"]
+RuntimeName = Annotated[
+    Literal["auto", "torch", "torch-compile", "onnxruntime", "tensorrt"],
+    typer.Option(help="What runs the tile encoder; auto: the fastest, measured once a machine."),
+]
 Reader = Literal["cucim", "openslide", "image"]
 
 
@@ -204,6 +209,11 @@ def embed(
         bool,
         typer.Option("--new-recipe", help="Make slides again that other settings finished."),
     ] = False,
+    runtime: RuntimeName = "auto",
+    runtime_fallback: Annotated[
+        bool,
+        typer.Option("--runtime-fallback", help="Eager PyTorch where --runtime can't be had."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn slides into tile features, and with --model into patient embeddings.
@@ -240,6 +250,8 @@ def embed(
         clinical=clinical,
         device=device,
         new_recipe=new_recipe,
+        runtime=runtime,
+        runtime_fallback=runtime_fallback,
     )
     report, summary = embed_request(request, console=None if as_json else err_console)
     if as_json:
@@ -255,6 +267,12 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> No
 
     out_console.print(outcome_table(report))
     out_console.print(stage_table(report))
+    used = summary["runtime"]
+    out_console.print(
+        f"tile encoder ran in {used['runtime']} {used['runtime_version']} on {used['device']}, "
+        f"{used['precision']}, batches of {used['batch_size']}",
+        highlight=False,
+    )
     for kind, count in summary.get("cases_by_modalities", {}).items():
         out_console.print(f"{count} cases embedded from {kind}", highlight=False)
     if summary.get("random_backbone"):
@@ -272,6 +290,7 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> No
 
 for command in (status, retry, plan, profile):
     app.command()(command)
+app.command("export-encoder")(export_encoder)
 
 
 @app.command()

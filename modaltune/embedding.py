@@ -26,7 +26,7 @@ from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import DEFAULT_ENCODER
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides, features_folder
 from modaltune.errors import InputError
 from modaltune.omics import read_expression
@@ -58,6 +58,8 @@ class EmbedRequest:
     clinical: Path | None = None
     device: str = "cpu"
     new_recipe: bool = False
+    runtime: str = "auto"
+    runtime_fallback: bool = False
 
 
 def embed_request(
@@ -88,6 +90,9 @@ def embed_request(
         allow_download=request.allow_download,
         trust_remote_code=request.trust_remote_code,
         device=request.device,
+        runtime=request.runtime,
+        tile_px=options.tile_px,
+        runtime_fallback=request.runtime_fallback,
     )
     if run is not None:
         _check_encoder(run, encoder, request)
@@ -96,6 +101,7 @@ def embed_request(
     folders = (features_folder(request.out, encoder), request.out / "overlays")
     written = [str(folder) for folder in folders if folder.is_dir()]
     summary = report.to_dict()
+    summary["runtime"] = encoder.settings()
     if run is not None:
         embeddings = embed_cohort(run, Cohort(_features_by_case(report), *tables))
         path = write_embeddings(request.out / "embeddings.parquet", run, embeddings)

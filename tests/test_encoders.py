@@ -237,7 +237,7 @@ def test_default_is_trained_and_its_hash_is_known(lite0: Any) -> None:
     fresh = build_network(get_spec(DEFAULT_ENCODER))
     assert not torch.equal(
         fresh.conv_head.weight,  # type: ignore[union-attr, arg-type]
-        lite0._features.network.conv_head.weight,
+        lite0.features.network.conv_head.weight,
     )
     # The tensors of efficientnet-lite0-57934424.pth without its classifier.
     assert lite0.weights_sha256.startswith("5b46fdde46af690f")

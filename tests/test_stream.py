@@ -11,7 +11,7 @@ import torch
 
 from modaltune.engine.cohort import SlideItem, items_from_paths
 from modaltune.engine.encoders import load_encoder
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.errors import RecipeChangedError
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.store import read_features

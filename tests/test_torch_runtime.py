@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from modaltune.engine.encoders.models import ImageFeatures
 from modaltune.engine.encoders.registry import get_spec
-from modaltune.engine.encoders.torch_runtime import (
-    TileEncoder,
-    choose_precision,
-    is_out_of_memory,
-)
+from modaltune.engine.encoders.runtime import choose_precision, is_out_of_memory
+from modaltune.engine.encoders.torch_runtime import CompiledEncoder, TorchEncoder
 from modaltune.engine.errors import InputError
 
 SPEC = replace(
@@ -50,6 +47,16 @@ class ChannelMeans(ImageFeatures):
         return x.mean(dim=(2, 3))
 
 
+class Convolution(ImageFeatures):
+    """Features of one convolution over the whole tile."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 4), "pooled")
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.network(x).flatten(1)
+
+
 def _tiles(n: int, seed: int = 0, side: int = 6) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
@@ -63,7 +70,7 @@ def _wanted(tiles: Any) -> Tensor:
 def test_batches_join_in_order(batch_size: int) -> None:
     tiles = _tiles(7)
     features = ChannelMeans()
-    encoder = TileEncoder(SPEC, features.train(), batch_size=batch_size)
+    encoder = TorchEncoder(SPEC, features.train(), batch_size=batch_size)
     got = encoder.encode(tiles)
     torch.testing.assert_close(got, _wanted(tiles), rtol=0, atol=1e-6)
     assert got.dtype == torch.float32
@@ -78,7 +85,7 @@ def test_batches_join_in_order(batch_size: int) -> None:
 
 def test_torch_read_only_and_strided_tiles_are_taken() -> None:
     tiles = _tiles(5)
-    encoder = TileEncoder(SPEC, ChannelMeans())
+    encoder = TorchEncoder(SPEC, ChannelMeans())
     want = encoder.encode(tiles)
     frozen = tiles.copy()
     frozen.flags.writeable = False
@@ -89,7 +96,7 @@ def test_torch_read_only_and_strided_tiles_are_taken() -> None:
 
 def test_no_tiles() -> None:
     features = ChannelMeans()
-    got = TileEncoder(SPEC, features).encode(_tiles(0))
+    got = TorchEncoder(SPEC, features).encode(_tiles(0))
     assert got.shape == (0, 3)
     assert got.dtype == torch.float32
     assert features.sizes == []
@@ -109,7 +116,7 @@ def test_full_memory_halves_the_batch_and_goes_on(
 ) -> None:
     tiles = _tiles(21)
     features = ChannelMeans(limit=3, fault=fault)
-    encoder = TileEncoder(SPEC, features, batch_size=16)
+    encoder = TorchEncoder(SPEC, features, batch_size=16)
     with caplog.at_level(logging.WARNING):
         got = encoder.encode(tiles)
     torch.testing.assert_close(got, _wanted(tiles), rtol=0, atol=1e-6)
@@ -123,18 +130,18 @@ def test_full_memory_halves_the_batch_and_goes_on(
 
 def test_a_short_last_batch_is_halved_from_its_own_size() -> None:
     features = ChannelMeans(limit=3, fault=MemoryError())
-    TileEncoder(SPEC, features, batch_size=64).encode(_tiles(5))
+    TorchEncoder(SPEC, features, batch_size=64).encode(_tiles(5))
     assert features.sizes == [5, 2, 2, 1]
 
 
 def test_one_tile_that_does_not_fit_is_an_error() -> None:
-    encoder = TileEncoder(SPEC, ChannelMeans(limit=0, fault=MemoryError()), batch_size=4)
+    encoder = TorchEncoder(SPEC, ChannelMeans(limit=0, fault=MemoryError()), batch_size=4)
     with pytest.raises(InputError, match="fake must fit into the memory of cpu with one tile, got"):
         encoder.encode(_tiles(4))
 
 
 def test_other_runtime_errors_are_not_swallowed() -> None:
-    encoder = TileEncoder(SPEC, ChannelMeans(limit=0, fault=RuntimeError("shape mismatch")))
+    encoder = TorchEncoder(SPEC, ChannelMeans(limit=0, fault=RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         encoder.encode(_tiles(2))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
@@ -149,13 +156,13 @@ def test_output_that_is_not_finite_is_named(value: float) -> None:
             out[x.shape[0] - 1, 1] = value
             return out
 
-    encoder = TileEncoder(SPEC, Poisoned(), batch_size=3)
+    encoder = TorchEncoder(SPEC, Poisoned(), batch_size=3)
     with pytest.raises(InputError, match=r"fake must give finite.* 1 tiles .*\(tiles 2\) in fp32"):
         encoder.encode(_tiles(6))
 
 
 def test_output_of_another_width_is_an_error() -> None:
-    encoder = TileEncoder(replace(SPEC, width=4), ChannelMeans())
+    encoder = TorchEncoder(replace(SPEC, width=4), ChannelMeans())
     with pytest.raises(InputError, match=r"fake must give 4 features per tile, got .* \[2, 3\]"):
         encoder.encode(_tiles(2))
 
@@ -172,16 +179,16 @@ def test_output_of_another_width_is_an_error() -> None:
 )
 def test_bad_tiles_are_named(tiles: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TileEncoder(SPEC, ChannelMeans()).encode(tiles)
+        TorchEncoder(SPEC, ChannelMeans()).encode(tiles)
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
-        TileEncoder(SPEC, ChannelMeans(), batch_size=0)
+        TorchEncoder(SPEC, ChannelMeans(), batch_size=0)
     with pytest.raises(InputError, match="precision must be one of fp32, fp16, bf16, got 'fp8'"):
-        TileEncoder(SPEC, ChannelMeans(), precision="fp8")
+        TorchEncoder(SPEC, ChannelMeans(), precision="fp8")
     with pytest.raises(InputError, match="precision must be fp32 on cpu, got 'fp16'"):
-        TileEncoder(SPEC, ChannelMeans(), precision="fp16")
+        TorchEncoder(SPEC, ChannelMeans(), precision="fp16")
 
 
 def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,20 +205,35 @@ def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hash_is_of_the_tensors() -> None:
     first, second = ChannelMeans(), ChannelMeans()
-    one, other = TileEncoder(SPEC, first), TileEncoder(SPEC, second)
+    one, other = TorchEncoder(SPEC, first), TorchEncoder(SPEC, second)
     assert one.weights_sha256 != other.weights_sha256
     second.network.load_state_dict(first.network.state_dict())
     # The hash is of the moment it is first asked for: this encoder's stays.
     assert other.weights_sha256 != one.weights_sha256
-    assert TileEncoder(SPEC, second).weights_sha256 == one.weights_sha256
+    assert TorchEncoder(SPEC, second).weights_sha256 == one.weights_sha256
     assert len(one.weights_sha256) == 64
+
+
+def test_compiled_features_are_the_eager_ones() -> None:
+    # A graph of its own for each batch size, and none for a short last batch.
+    eager = TorchEncoder(SPEC, Convolution(), batch_size=8)
+    compiled = CompiledEncoder(eager)
+    tiles = _tiles(21)
+    torch._dynamo.utils.counters.clear()
+    got = compiled.encode(tiles)
+    torch.testing.assert_close(got, eager.encode(tiles), rtol=1e-5, atol=1e-6)
+    assert (got.dtype, got.is_inference(), got.requires_grad) == (torch.float32, False, False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (compiled.runtime, compiled.name, compiled.batch_size) == ("torch-compile", "fake", 8)
+    assert compiled.weights_sha256 == eager.weights_sha256
+    assert compiled.encode(tiles[:0]).shape == (0, 3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_the_cpu() -> None:
     tiles = _tiles(9)
-    want = TileEncoder(SPEC, ChannelMeans()).encode(tiles)
+    want = TorchEncoder(SPEC, ChannelMeans()).encode(tiles)
     for precision, step in (("fp32", 2**-22), ("fp16", 2**-9)):
-        got = TileEncoder(SPEC, ChannelMeans(), device="cuda", precision=precision).encode(tiles)
+        got = TorchEncoder(SPEC, ChannelMeans(), device="cuda", precision=precision).encode(tiles)
         torch.testing.assert_close(got, want, rtol=0, atol=step)

@@ -105,7 +105,7 @@ def test_registers_are_skipped_in_the_mean(tmp_path: Path) -> None:
         Dinov2WithRegistersConfig(**SIZE, num_register_tokens=3)
     ).eval()
     encoder = load_encoder(f"transformers:{_save(tmp_path / 'm', model)}")
-    features = encoder._features
+    features = encoder.features
     features.pooling = "cls+mean"
     with torch.no_grad():
         tokens = model(_input()).last_hidden_state
@@ -314,7 +314,7 @@ def test_remote_code_runs_at_its_commit(tmp_path: Path) -> None:
     folder = _with_code(tmp_path / "snapshots" / REVISION, marker)
     encoder = load_encoder(f"transformers:{folder}", trust_remote_code=REVISION)
     assert marker.exists()
-    assert type(encoder._features.network).__name__ == "OwnModel"
+    assert type(encoder.features.network).__name__ == "OwnModel"
     weight = torch.arange(32 * 3 * 14 * 14).view(32, 3, 14, 14) / 1e5
     want = F.conv2d(_input(), weight, stride=14).mean(dim=(2, 3)) + 1
     torch.testing.assert_close(encoder.encode(_tiles()), want, rtol=1e-4, atol=1e-4)

@@ -22,10 +22,11 @@ from modaltune.engine.encoders.registry import (
     is_dynamic,
     list_encoders,
 )
+from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.encoders.timm_source import PREFIX as TIMM_PREFIX
 from modaltune.engine.encoders.timm_source import load_timm
-from modaltune.engine.encoders.torch_runtime import TileEncoder
+from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.encoders.weights import (
     cached_weights,
     find_weights,
@@ -70,6 +71,36 @@ def _load(
     return load_transformers(name, weights, allow_download, trust_remote_code)
 
 
+def load_eager(
+    name: str = DEFAULT_ENCODER,
+    *,
+    weights: Path | str | None = None,
+    allow_download: bool = False,
+    trust_remote_code: str | None = None,
+    device: torch.device | str = "cpu",
+    precision: str | None = None,
+    batch_size: int | None = None,
+) -> TorchEncoder:
+    """Load a tile encoder in eager PyTorch; arguments and errors as `load_encoder`."""
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
+    path = None if weights is None else Path(weights)
+    spec, features = _load(name, path, allow_download, trust_remote_code)
+    encoder = TorchEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
+    logger.info(
+        "tile encoder %s: %d features, %d px of %d px tiles at %g mpp, %s on %s",
+        spec.name,
+        spec.width,
+        spec.input_px,
+        spec.tile_px,
+        spec.mpp,
+        encoder.precision,
+        place,
+    )
+    return encoder
+
+
 def load_encoder(
     name: str = DEFAULT_ENCODER,
     *,
@@ -79,6 +110,9 @@ def load_encoder(
     device: torch.device | str = "cpu",
     precision: str | None = None,
     batch_size: int | None = None,
+    runtime: str | None = None,
+    tile_px: int | None = None,
+    runtime_fallback: bool = False,
 ) -> TileEncoder:
     """Load a tile encoder with its weights; nothing is downloaded unless `allow_download` is set.
 
@@ -91,32 +125,38 @@ def load_encoder(
         trust_remote_code: Full commit id whose model code may run; only for `transformers:`.
         device: Where the encoder runs.
         precision: `fp32`, `fp16` or `bf16`; default fp32 on a CPU, the spec's on a GPU.
-        batch_size: Tiles at a time.
+        batch_size: Tiles at a time; default the fastest of some with a `runtime`.
+        runtime: `auto` (the fastest here, measured once a machine and remembered), `torch`,
+            `torch-compile`, `onnxruntime` or `tensorrt`. Default: eager PyTorch as it is; nothing
+            is measured or written.
+        tile_px: Side of the tiles to come, for a runtime; default the spec's.
+        runtime_fallback: Whether eager PyTorch takes over where the runtime can't be had.
 
     Returns:
         The encoder, in evaluation mode.
 
     Raises:
-        InputError: The name, device or a setting can't be used.
+        InputError: The name, device, runtime or a setting can't be used.
         WeightsError: The weights are missing, damaged or another network's.
+        GateError: The runtime gives other features than eager PyTorch.
     """
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
-    path = None if weights is None else Path(weights)
-    spec, features = _load(name, path, allow_download, trust_remote_code)
-    encoder = TileEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
-    logger.info(
-        "tile encoder %s: %d features, %d px of %d px tiles at %g mpp, %s on %s",
-        spec.name,
-        spec.width,
-        spec.input_px,
-        spec.tile_px,
-        spec.mpp,
-        encoder.precision,
-        place,
+    encoder = load_eager(
+        name,
+        weights=weights,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
     )
-    return encoder
+    if runtime is None:
+        return encoder
+    # Imported here: the exporters take a second that eager PyTorch does without.
+    from modaltune.engine.encoders.runtime_choice import open_runtime
+
+    return open_runtime(
+        encoder, runtime, tile_px=tile_px, batch_size=batch_size, fallback=runtime_fallback
+    )
 
 
 @dataclass(frozen=True)

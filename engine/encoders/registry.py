@@ -14,6 +14,7 @@ from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.errors import InputError
 
 DEFAULT_ENCODER = "efficientnet-lite0"
+RUNTIMES = ("auto", "torch", "torch-compile", "onnxruntime", "tensorrt")
 DYNAMIC_PREFIXES = ("timm:", "transformers:")
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -70,6 +70,15 @@ def axis_weights(axis: Axis, interpolation: str) -> tuple[NDArray[np.int64], NDA
     return first, weight / weight.sum(1, keepdims=True)
 
 
+def dense_weights(axis: Axis, interpolation: str) -> Tensor:
+    """Return the resize of one axis as a matrix `[kept, size]` float32; a crop alone is ones."""
+    first, weight = axis_weights(axis, interpolation)
+    kept, taps = weight.shape
+    table = np.zeros((kept, axis.size), np.float32)
+    table[np.arange(kept)[:, None], first[:, None] + np.arange(taps)] = weight
+    return torch.from_numpy(table)
+
+
 def block_spans(axis: Axis, interpolation: str, block: int) -> tuple[NDArray[np.int64], int]:
     """Return the first pixel that each block of kept outputs needs, and how many every block takes.
 

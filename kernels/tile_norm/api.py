@@ -11,8 +11,13 @@ from torch import Tensor
 from modaltune.kernels._checks import check_shape, require
 from modaltune.kernels._dispatch import choose_impl
 from modaltune.kernels._interpret import INTERPRET
+from modaltune.kernels.tile_norm._resampling import Axis, dense_weights
 from modaltune.kernels.tile_norm.ops import empty_output, output_side
-from modaltune.kernels.tile_norm.reference import normalize_tiles_reference, resized_size
+from modaltune.kernels.tile_norm.reference import (
+    crop_origin,
+    normalize_tiles_reference,
+    resized_size,
+)
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,3 +147,54 @@ def normalize_tiles(
         tiles, mean, std, resize_px, crop_px, interpolation, cut, dtype, chosen
     )
     return out
+
+
+def crop_window(
+    height: int, width: int, resize_px: int | None, crop_px: int
+) -> tuple[int, int, int, int]:
+    """Return `(top, left, rows, columns)` px: where the crop starts in the resized tile, its size.
+
+    Args:
+        height: Height of the tile in px.
+        width: Width of the tile in px.
+        resize_px: Shorter edge after the resize in px, or None to keep the tile's size.
+        crop_px: Side of the centre crop in px.
+
+    Raises:
+        ValueError: The crop does not fit into the resized tile.
+    """
+    _check_geometry(height, width, resize_px, crop_px)
+    rows, columns = resized_size(height, width, resize_px)
+    return *crop_origin((rows, columns), crop_px), rows, columns
+
+
+def resize_matrices(
+    height: int, width: int, *, resize_px: int | None, crop_px: int, interpolation: str
+) -> tuple[Tensor, Tensor]:
+    """Return the resize and centre crop of `normalize_tiles` as one matrix for each axis.
+
+    With R and C the results, a channel `x [h, w]` becomes `clamp(R clamp(x C^T))`, clamped to
+    [0, 255]: the form for runtimes that have no such resize of their own.
+
+    Args:
+        height: Height of the tile in px.
+        width: Width of the tile in px.
+        resize_px: Shorter edge after the resize in px, or None to keep the tile's size.
+        crop_px: Side of the centre crop in px.
+        interpolation: `bilinear` or `bicubic`.
+
+    Returns:
+        R `[crop_px, height]` and C `[crop_px, width]`, float32.
+
+    Raises:
+        ValueError: The geometry or the interpolation break the rules of `normalize_tiles`.
+    """
+    require(
+        interpolation in INTERPOLATIONS,
+        f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}",
+    )
+    top, left, rows, columns = crop_window(height, width, resize_px, crop_px)
+    return (
+        dense_weights(Axis(height, rows, top, crop_px), interpolation),
+        dense_weights(Axis(width, columns, left, crop_px), interpolation),
+    )
