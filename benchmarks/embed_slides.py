@@ -22,8 +22,8 @@ from modaltune.benchmarks.harness import (
 from modaltune.engine.cohort import items_from_paths
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.errors import InputError
+from modaltune.engine.folder import EmbedOptions, embed_slides
 from modaltune.engine.profile import STAGES
-from modaltune.engine.stream import EmbedOptions, embed_slides
 
 CSV_NAME = "embed_slides.csv"
 

@@ -1,328 +1,355 @@
-"""Slides to feature files: open, find tissue, tile, encode, write; one outcome per slide."""
+"""Slides to features as one stream: while one slide is encoded, the next are opened and decoded.
+
+    child processes            pump thread              encoder threads          caller
+    open, mask, decode  ──►  fill batches across  ──►  encode, share out  ──►  finished slides
+    (`engine.decode`)        slides (`batches`)        to the slides
+
+Every arrow is bounded, so whoever is slow slows down all before it: the decoder by its slabs of
+shared memory, batches by their memory, and finished slides by `StreamOptions.finished_ahead`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from modaltune.engine.batches import Batch, BatchBuilder
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.encoders.runtime import TileEncoder
+from modaltune.engine.decode import (
+    DecodeOptions,
+    SlideDone,
+    SlideFound,
+    SlideRequest,
+    TileBlock,
+    TileDecoder,
+)
+from modaltune.engine.encoded_slide import EncodedSlide, OpenSlide
 from modaltune.engine.errors import InputError
-from modaltune.engine.ledger import Lease, Ledger, SlideRow
-from modaltune.engine.ledger_work import leases, settles
-from modaltune.engine.overlay import write_overlay
-from modaltune.engine.own_features import FileFacts
-from modaltune.engine.profile import StageTimer
-from modaltune.engine.readers import MIN_MPP, SlideReader, open_slide
-from modaltune.engine.recipes import slide_recipe
-from modaltune.engine.store import TileFeatures, feature_recipe, record_features
-from modaltune.engine.tiling import TileGrid, read_tiles, tile_slide
-from modaltune.engine.tissue import find_tissue
+from modaltune.engine.profile import Observer, StreamClock
 
-READ_TILES = 64  # tiles decoded before each call of the encoder: 12 MB of 256-px RGB
-MAX_TILE_MPP, MAX_TILE_PX = 100.0, 8192  # beyond, an option was mistyped
+if TYPE_CHECKING:
+    from modaltune.engine.encoders.runtime import TileEncoder
 
-Status = Literal["done", "empty", "kept", "failed", "quarantined"]
-STATUSES = get_args(Status)
-FINISHED = ("done", "empty")
+__all__ = ["EncodedSlide", "SlideSource", "SlideStream", "StreamOptions", "embed"]
+
+logger = logging.getLogger(__name__)
+
+_TILES_AT_ONCE = 32  # least of a batch: calls, locks and scattering then cost nothing beside it
+_IN_FLIGHT = 2  # batches given to the encoder at a time: one waits while one is worked on
+_LOOK_S = 0.1
+_STARVED_S = 0.02
 
 
 @dataclass(frozen=True)
-class EmbedOptions:
-    """How slides become features; all of it goes into the recipe that resume compares.
+class StreamOptions:
+    """How a stream runs.
 
     Attributes:
-        mpp: Microns per pixel of a tile.
-        tile_px: Side of a tile in px at `mpp`.
-        min_foreground: Least share of tissue of a kept tile, 0..1.
-        tissue: Rule of the tissue mask.
-        dtype: Type of the stored features.
-        reader: One slide reader only, or None to probe.
-        overlays: Whether to write a picture of mask and tiles beside the features.
-
-    Raises:
-        InputError: A resolution or a size that no tile has.
+        decode: How slides are tiled and decoded.
+        batch_tiles: Tiles of a batch, a multiple of the encoder's batch size; None takes at least
+            32 of them.
+        finished_ahead: Finished slides that may wait for the caller before the stream waits.
     """
 
-    mpp: float = 0.5
-    tile_px: int = 256
-    min_foreground: float = 0.95
-    tissue: Literal["lab", "lab-mean", "otsu", "hsv"] = "lab"
-    dtype: Literal["float32", "float16"] = "float32"
-    reader: str | None = None
-    overlays: bool = True
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    batch_tiles: int | None = None
+    finished_ahead: int = 8
 
     def __post_init__(self) -> None:
-        if not MIN_MPP <= self.mpp <= MAX_TILE_MPP:
-            raise InputError(
-                f"--mpp must lie in {MIN_MPP}..{MAX_TILE_MPP:g} microns per pixel of a tile, got "
-                f"{self.mpp}; the published model takes 0.5"
-            )
-        if not 1 <= self.tile_px <= MAX_TILE_PX:
-            raise InputError(
-                f"--tile-px must lie in 1..{MAX_TILE_PX}, got {self.tile_px}; the published model "
-                "takes 256"
-            )
+        for name in ("batch_tiles", "finished_ahead"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}; or leave it out")
 
 
-@dataclass(frozen=True)
-class SlideOutcome:
-    """What became of one slide.
+class SlideSource(Protocol):
+    """Where a stream takes its slides from; asked from one thread of the stream."""
 
-    Attributes:
-        slide_id: The slide.
-        case_id: Its patient.
-        status: `done`, `empty` (no tiles, and why), `kept` (finished before, or by another
-            process), `quarantined` (failed too often, and left alone until `modaltune retry`), or
-            `failed` (failed, and will be tried again by the next run).
-        tiles: Number of tiles.
-        features: The feature file, None for a slide that could not be embedded.
-        reason: Why it is empty or could not be embedded.
-        reader: Which reader decoded it.
-        seconds: Wall-clock seconds.
-    """
+    def take(self) -> SlideRequest | None:
+        """Return a slide, or None where there is none just now."""
+        ...
 
-    slide_id: str
-    case_id: str
-    status: Status
-    tiles: int = 0
-    features: Path | None = None
-    reason: str = ""
-    reader: str = ""
-    seconds: float = 0.0
+    def is_ended(self) -> bool:
+        """Whether there will be no further slide; asked when none is in progress."""
+        ...
 
 
-@dataclass(frozen=True)
-class EmbedReport:
-    """The outcome of a run: slides, totals and the split of its time."""
+class _Listed:
+    """Slides of an iterable, taken one by one."""
 
-    outcomes: tuple[SlideOutcome, ...]
-    stages_s: dict[str, float]
-    elapsed_s: float
-    encoder: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, items: Iterable[SlideItem]) -> None:
+        self._items = iter(items)
+        self._is_ended = False
 
-    def of(self, status: Status) -> list[SlideOutcome]:
-        """Return the slides of one status."""
-        return [outcome for outcome in self.outcomes if outcome.status == status]
+    def take(self) -> SlideRequest | None:
+        item = next(self._items, None)
+        if item is None:
+            self._is_ended = True
+            return None
+        return SlideRequest(item.slide_id, item.path, base_mpp=item.base_mpp)
 
-    @property
-    def lost(self) -> list[SlideOutcome]:
-        """The slides that could not be embedded."""
-        return [*self.of("failed"), *self.of("quarantined")]
-
-    @property
-    def new_tiles(self) -> int:
-        """Tiles encoded in this run."""
-        return sum(outcome.tiles for outcome in self.of("done"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        slides = [
-            {**asdict(o), "features": None if o.features is None else str(o.features)}
-            for o in self.outcomes
-        ]
-        hours = self.elapsed_s / 3600
-        return {
-            "encoder": self.encoder,
-            "settings": self.settings,
-            "slides": slides,
-            "counts": {s: len(self.of(s)) for s in STATUSES},
-            "tiles": self.new_tiles,
-            "elapsed_s": self.elapsed_s,
-            "stages_s": self.stages_s,
-            "tiles_per_s": self.new_tiles / self.elapsed_s if self.elapsed_s else 0.0,
-            "slides_per_h": len(self.of("done")) / hours if hours else 0.0,
-        }
+    def is_ended(self) -> bool:
+        return self._is_ended
 
 
-def features_folder(out: Path, encoder: TileEncoder) -> Path:
-    """Return the folder of an encoder's feature files below an output folder."""
-    return out / f"features_{encoder.spec.slug}"
+class _Ended:
+    """The last thing in the queue of finished slides."""
 
 
-def embed_slides(
-    items: Sequence[SlideItem],
-    encoder: TileEncoder,
-    out: str | Path,
-    options: EmbedOptions | None = None,
-    *,
-    new_recipe: bool = False,
-    on_tiles: Callable[[SlideItem, int, int], None] | None = None,
-    on_slide: Callable[[SlideOutcome], None] | None = None,
-) -> EmbedReport:
-    """Turn slides into feature files; a slide that fails costs itself only.
+class SlideStream(Iterator[EncodedSlide]):
+    """Encoded slides in the order they are finished; an iterator and a context manager.
 
-    The ledger in `out` (`modaltune.engine.ledger`) says what is finished: such slides are kept as
-    they are, and any number of processes share the rest. A slide that fails is tried again after
-    the others, and left alone after three attempts.
+    Memory, beside encoder and children: the decoder's shared memory (`DecodeOptions.shared_bytes`),
+    three batches of `batch_tiles` tiles, and the features of slides in progress and waiting, at
+    most decoder's lookahead + 1 + `finished_ahead` of them.
+
+    Leaving the block, `close`, or an exception ends threads and processes and drops what is not
+    finished.
 
     Args:
-        items: The slides, with distinct ids.
-        encoder: The tile encoder.
-        out: Output folder; features go to `features_<encoder>/<slide>.h5` below it.
-        options: How to tile; the published recipe unless given.
-        new_recipe: Make slides again that were finished by other settings; refused otherwise.
-        on_tiles: Called with the slide, tiles done and tiles in all.
-        on_slide: Called with each outcome.
+        source: Where slides come from.
+        encoder: The tile encoder; any runtime.
+        options: How to run.
+        on_tiles: Called, from several threads, with the number of tiles encoded so far.
+        observe: Called, from several threads, with every stretch of work (for timelines).
 
-    Returns:
-        The outcomes in the order of `items`, and where the time went.
+    Attributes:
+        clock: Where the time goes.
+        batch_tiles: Tiles of a batch.
 
     Raises:
-        RecipeChangedError: Finished slides were made by other settings.
-        LedgerError: The ledger can't be used.
-        DiskFullError: There is no room; run again once there is.
+        InputError: `options` ask for a GPU that is not there.
     """
-    options = options or EmbedOptions()
-    folder = features_folder(Path(out), encoder)
-    recipe = feature_recipe(
-        encoder=encoder.name,
-        encoder_sha256=encoder.weights_sha256,
-        target_mpp=options.mpp,
-        tile_px=options.tile_px,
-        dtype=options.dtype,
-        min_foreground=options.min_foreground,
-        tissue=options.tissue,
-    )
-    timer = StageTimer()
-    opened = Ledger.open(out, recipe, items, features=folder.name, new_recipe=new_recipe)
-    with opened as ledger, ledger.beating():
-        run = _Run(ledger, Path(out), on_slide)
-        run.tell(FINISHED)
-        for lease in leases(ledger):
-            if lease is None:
-                continue
-            before, start = dict(timer.seconds), timer.elapsed_s
-            with settles(ledger, lease, run.tell_row):
-                facts = _embed_one(lease, encoder, options, recipe, timer, on_tiles)
-                spent = {stage: timer.seconds[stage] - before[stage] for stage in before}
-                row = ledger.commit_done(lease, facts, timings=spent)
-                run.seconds[row.slide_id] = timer.elapsed_s - start
-                run.tell_row(row)
-        outcomes = run.tell(STATUSES)
-    return EmbedReport(outcomes, timer.split(), timer.elapsed_s, encoder.name, recipe)
-
-
-class _Run:
-    """What became of a run's slides, and who was told so far."""
 
     def __init__(
-        self, ledger: Ledger, out: Path, on_slide: Callable[[SlideOutcome], None] | None
+        self,
+        source: SlideSource,
+        encoder: TileEncoder,
+        options: StreamOptions | None = None,
+        *,
+        on_tiles: Callable[[int], None] | None = None,
+        observe: Observer | None = None,
     ) -> None:
-        self.seconds: dict[str, float] = {}
-        self._ledger, self._out, self._on_slide = ledger, out, on_slide
-        self._told: set[str] = set()
-
-    def tell(self, statuses: Sequence[str]) -> tuple[SlideOutcome, ...]:
-        """Return the slides of some statuses and tell of those not told of yet."""
-        rows = [row for row in self._ledger.rows() if row.status in statuses]
-        for row in rows:
-            self.tell_row(row)
-        return tuple(self._outcome(row) for row in rows)
-
-    def tell_row(self, row: SlideRow) -> None:
-        """Tell of one slide, unless it is tried again."""
-        if self._on_slide is not None and row.status != "failed" and row.slide_id not in self._told:
-            self._told.add(row.slide_id)
-            self._on_slide(self._outcome(row))
-
-    def _outcome(self, row: SlideRow) -> SlideOutcome:
-        is_finished = row.status in FINISHED
-        status = "kept" if is_finished and row.slide_id not in self.seconds else row.status
-        return SlideOutcome(
-            row.slide_id,
-            row.case_id,
-            cast(Status, status),
-            row.tiles,
-            self._out / row.features if is_finished else None,
-            row.reason,
-            row.reader,
-            self.seconds.get(row.slide_id, 0.0),
+        options = options or StreamOptions()
+        self.clock = StreamClock(observe)
+        self._source, self._encoder, self._options = source, encoder, options
+        self._multiple = encoder.batch_size
+        wanted = max(options.batch_tiles or _TILES_AT_ONCE, 1)
+        self.batch_tiles = -(-wanted // self._multiple) * self._multiple
+        self._on_tiles, self._tiles, self._counting = on_tiles, 0, threading.Lock()
+        self._stop = threading.Event()
+        self._finished: queue.SimpleQueue[EncodedSlide | BaseException | _Ended] = (
+            queue.SimpleQueue()
         )
+        self._asked: dict[str, SlideRequest] = {}
+        self._open: dict[str, OpenSlide] = {}
+        decode = options.decode
+        self._ahead = (decode.lookahead or decode.most_workers + 2) + 1
+        tile_px = options.decode.tiles.tile_px
+        self._batches: BatchBuilder[OpenSlide] = BatchBuilder(
+            self.batch_tiles, tile_px, _IN_FLIGHT + 1, self._stop
+        )
+        self._is_over = False
+        self._decoder = TileDecoder(options.decode)
+        self._threads = ThreadPoolExecutor(_IN_FLIGHT, "modaltune-encode")
+        self._pump = threading.Thread(target=self._run, name="modaltune-pump", daemon=True)
+        self._pump.start()
+
+    def __next__(self) -> EncodedSlide:
+        if self._is_over:
+            raise StopIteration
+        found = self._finished.get()
+        if isinstance(found, EncodedSlide):
+            return found
+        self.close()
+        if isinstance(found, BaseException):
+            raise found
+        raise StopIteration
+
+    def close(self) -> None:
+        """End threads and processes; waits for the batch in work. May be called again."""
+        self._is_over = True
+        self._stop.set()
+        self._pump.join()
+        self._open.clear()
+
+    def __enter__(self) -> SlideStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """Pump: slides into the decoder, its tiles into batches, batches into the encoder."""
+        end: BaseException | _Ended = _Ended()
+        try:
+            with self._decoder, self._threads:
+                while not self._stop.is_set() and self._turn():
+                    pass
+        except BaseException as error:  # raised where the caller is
+            end = error
+        self._finished.put(end)
+
+    def _turn(self) -> bool:
+        """Do one thing; return False when all is done."""
+        if self._finished.qsize() > self._options.finished_ahead:
+            self._stop.wait(_STARVED_S)  # the caller is behind
+            return True
+        self._take_slides()
+        if not self._decoder.in_progress:
+            self._submit(self._batches.flush())
+            if self._batches.is_idle and not self._open and self._source.is_ended():
+                return False
+            self._stop.wait(_STARVED_S)
+            return True
+        # A batch that is not full waits for more tiles as long as the encoder has others.
+        is_starved = bool(self._batches.waiting) and self._batches.is_idle
+        try:
+            event = self._decoder.next_event(_STARVED_S if is_starved else _LOOK_S)
+        except TimeoutError:
+            if is_starved:
+                self._submit(self._batches.flush())
+            return True
+        if isinstance(event, SlideFound):
+            asked = self._asked[event.key]
+            self._open[event.key] = OpenSlide(asked, event.survey, self._encoder.width)
+        elif isinstance(event, TileBlock):
+            self._add(event)
+        elif isinstance(event, SlideDone):
+            self.clock.add(event.seconds)
+            self._asked.pop(event.key)
+            self._settle(self._open[event.key].delivered(event.bad_tiles, event.seconds))
+        else:
+            self._open.pop(event.key, None)
+            self._finished.put(EncodedSlide(self._asked.pop(event.key), reason=event.reason))
+        return True
+
+    def _take_slides(self) -> None:
+        while self._decoder.in_progress < self._ahead:
+            request = self._source.take()
+            if request is None:
+                return
+            self._decoder.submit(request)
+            self._asked[request.key] = request
+
+    def _add(self, block: TileBlock) -> None:
+        """Copy a block into batches, and give its memory back."""
+        slide = self._open[block.key]
+        with block:
+            good = ~block.is_bad
+            is_whole = bool(good.all())
+            indices = block.indices if is_whole else block.indices[good]
+            tiles = block.tiles if is_whole else block.tiles[good]
+            slide.expect(block.indices[block.is_bad], len(indices))
+            self._submit(self._batches.add(slide, indices, tiles))
+
+    def _submit(self, batches: Iterable[Batch[OpenSlide]]) -> None:
+        for batch in batches:
+            self._threads.submit(self._encode, batch)
+
+    def _encode(self, batch: Batch[OpenSlide]) -> None:
+        """Encode a batch and share its features out; runs in the encoder's threads."""
+        try:
+            if self._stop.is_set():
+                return
+            with self.clock.encoding(batch.parts[0].slide.request.key):
+                self._share_out(batch)
+            self._count(batch.count)
+            for part in batch.parts:
+                self._settle(part.slide.encoded(len(part.indices)))
+        except BaseException as error:
+            self._stop.set()
+            self._finished.put(error)
+        finally:
+            self._batches.give_back(batch)
+
+    def _share_out(self, batch: Batch[OpenSlide]) -> None:
+        tiles = batch.padded(self._multiple)
+        try:
+            features = self._encoder.encode(tiles).numpy()
+        except InputError as error:
+            if len(batch.parts) == 1:
+                batch.parts[0].slide.fail(str(error))
+                return
+            # Whose tiles are they that can't be encoded?
+            for part in batch.parts:
+                try:
+                    alone = self._encoder.encode(batch.memory[part.rows]).numpy()
+                    part.slide.features[part.indices] = alone
+                except InputError as own:
+                    part.slide.fail(str(own))
+            return
+        for part in batch.parts:
+            part.slide.features[part.indices] = features[part.rows]
+
+    def _count(self, tiles: int) -> None:
+        with self._counting:
+            self._tiles += tiles
+            if self._on_tiles is not None:
+                self._on_tiles(self._tiles)
+
+    def _settle(self, slide: OpenSlide | None) -> None:
+        """Hand a slide over that has nothing left to wait for."""
+        if slide is not None:
+            self._open.pop(slide.request.key, None)
+            self._finished.put(slide.finished())
 
 
-def _embed_one(
-    lease: Lease,
-    encoder: TileEncoder,
-    options: EmbedOptions,
-    recipe: dict[str, Any],
-    timer: StageTimer,
-    on_tiles: Callable[[SlideItem, int, int], None] | None,
-) -> FileFacts:
-    """Make one slide's feature file and overlay."""
-    item, target = lease.item, lease.features
-    with timer.stage("open"):
-        slide = open_slide(item.path, base_mpp=item.base_mpp, reader=options.reader)
-    with slide:
-        base_mpp = slide.mpp  # a slide without one fails here, before any work
-        with timer.stage("mask"):
-            tissue = find_tissue(slide, options.tissue)
-            grid = tile_slide(
-                slide,
-                tissue,
-                tile_px=options.tile_px,
-                mpp=options.mpp,
-                min_foreground=options.min_foreground,
-            )
-        features = _encode(item, slide, grid, encoder, timer, on_tiles)
-        with timer.stage("write"):
-            if options.overlays:
-                write_overlay(
-                    target.parent.parent / "overlays" / f"{item.slide_id}.png", slide, tissue, grid
-                )
-            return record_features(
-                target,
-                TileFeatures(
-                    slide=item.slide_id,
-                    features=features,
-                    coords=grid.coords,
-                    tile_px=grid.tile_px,
-                    level0_tile_px=grid.tile_px_level0,
-                    target_mpp=options.mpp,
-                    base_mpp=base_mpp,
-                    encoder=encoder.name,
-                    encoder_sha256=encoder.weights_sha256,
-                    level0_size=slide.dimensions,
-                    reader=slide.name,
-                    extra={
-                        "mpp_source": slide.mpp_source,
-                        "tissue_share": tissue.share,
-                        **encoder.provenance(),
-                    },
-                    recipe=slide_recipe(recipe, item.base_mpp),
-                    empty_reason=grid.reason or None,
-                ),
-                dtype=options.dtype,
-            )
+def embed(
+    slides: Iterable[SlideItem | Path | str],
+    *,
+    encoder: TileEncoder | str,
+    options: StreamOptions | None = None,
+    observe: Observer | None = None,
+) -> SlideStream:
+    """Encode slides as a stream, nothing written: the engine inside another program.
+
+    Args:
+        slides: Slide files or items; taken as they are needed, so it may be a generator.
+        encoder: A tile encoder, or the name of one.
+        options: How to run.
+        observe: Called with every stretch of work.
+
+    Returns:
+        An iterator over the slides in the order they are finished; also a context manager, to end
+        it early. A slide's `key` is its id, a file's stem. Slides that fail come with a reason and
+        without features.
+
+    Raises:
+        InputError: The encoder is unknown, or something else asked for breaks a rule; from the
+            iterator: two slides in progress have one id.
+        WeightsError: The encoder's weights are missing.
+
+    Example:
+        >>> with embed(paths, encoder="efficientnet-lite0") as slides:
+        ...     for slide in slides:
+        ...         if slide.status == "failed":
+        ...             print(slide.request.path, slide.reason)
+        ...         else:
+        ...             use(slide.key, slide.features, slide.coords)  # [N, D] float32, [N, 2] int64
+    """
+    if isinstance(encoder, str):
+        # Here: it loads torch, which whoever has an encoder has paid for already.
+        from modaltune.engine.encoders import load_encoder
+
+        encoder = load_encoder(encoder, runtime="auto")
+    return SlideStream(_Listed(map(_as_item, slides)), encoder, options, observe=observe)
 
 
-def _encode(
-    item: SlideItem,
-    slide: SlideReader,
-    grid: TileGrid,
-    encoder: TileEncoder,
-    timer: StageTimer,
-    on_tiles: Callable[[SlideItem, int, int], None] | None,
-) -> npt.NDArray[np.float32]:
-    """Return the features `[N, D]` of a grid's tiles."""
-    features = np.empty((len(grid), encoder.width), dtype=np.float32)
-    tiles: Iterator[npt.NDArray[np.uint8]] = read_tiles(slide, grid)
-    done = 0
-    if on_tiles is not None:
-        on_tiles(item, 0, len(grid))
-    while done < len(grid):
-        with timer.stage("read"):
-            block = np.stack(list(islice(tiles, READ_TILES)))
-        with timer.stage("encode"):
-            features[done : done + len(block)] = encoder.encode(block).numpy()
-        done += len(block)
-        if on_tiles is not None:
-            on_tiles(item, done, len(grid))
-    return features
+def _as_item(slide: SlideItem | Path | str) -> SlideItem:
+    if isinstance(slide, SlideItem):
+        return slide
+    path = Path(slide)
+    return SlideItem(path, path.stem, path.stem)

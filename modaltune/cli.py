@@ -24,7 +24,7 @@ from modaltune.cli_parts import (
 )
 
 if TYPE_CHECKING:
-    from modaltune.engine.stream import EmbedReport
+    from modaltune.engine.folder import EmbedReport
 
 app = typer.Typer(
     name="modaltune",

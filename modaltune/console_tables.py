@@ -11,7 +11,7 @@ from rich.table import Table
 from modaltune.engine.ledger_report import SetStatus
 
 if TYPE_CHECKING:
-    from modaltune.engine.stream import EmbedReport
+    from modaltune.engine.folder import EmbedReport
 
 STATUS_STYLE = {
     "done": "green",

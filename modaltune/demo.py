@@ -22,8 +22,8 @@ from modaltune.demo_study import BOTH, DemoStudy, StudyResult, load_study
 from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import read_manifest
 from modaltune.engine.encoders import load_encoder
+from modaltune.engine.folder import EmbedOptions, EmbedReport, embed_slides
 from modaltune.engine.profile import StageTimer
-from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides
 from modaltune.errors import InputError
 from modaltune.omics import read_expression
 from modaltune.pathways import read_pathways

@@ -27,7 +27,7 @@ from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import DEFAULT_ENCODER
 from modaltune.engine.encoders.runtime import TileEncoder
-from modaltune.engine.stream import EmbedOptions, EmbedReport, embed_slides, features_folder
+from modaltune.engine.folder import EmbedOptions, EmbedReport, embed_slides, features_folder
 from modaltune.errors import InputError
 from modaltune.omics import read_expression
 
@@ -229,16 +229,14 @@ def _embed_with_progress(
 ) -> EmbedReport:
     bars = None if console is None else _progress(console)
     with bars or nullcontext():
-        on_tiles: Callable[[SlideItem, int, int], None] | None = None
+        on_tiles: Callable[[int], None] | None = None
         on_slide: Callable[[Any], None] | None = None
         if bars is not None:
             total = bars.add_task("slides", total=len(items))
             tiles = bars.add_task("tiles", total=None)
 
-            def on_tiles(item: SlideItem, done: int, count: int) -> None:
-                bars.update(
-                    tiles, description=f"tiles of {item.slide_id}", completed=done, total=count
-                )
+            def on_tiles(done: int) -> None:
+                bars.update(tiles, completed=done)
 
             def on_slide(outcome: Any) -> None:
                 bars.advance(total)

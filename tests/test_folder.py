@@ -13,9 +13,9 @@ from modaltune.engine.cohort import SlideItem, items_from_paths
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.errors import RecipeChangedError
+from modaltune.engine.folder import EmbedOptions, embed_slides, features_folder
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.store import read_features
-from modaltune.engine.stream import EmbedOptions, embed_slides, features_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ OPTIONS = EmbedOptions(min_foreground=0.9)
 def test_features_are_those_of_the_tiles_alone(
     slide: Path, encoder: TileEncoder, tmp_path: Path
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     report = embed_slides(
         items_from_paths([slide]),
         encoder,
         tmp_path / "out",
         OPTIONS,
-        on_tiles=lambda item, done, total: seen.append((done, total)),
+        on_tiles=seen.append,
     )
     (outcome,) = report.outcomes
     assert (outcome.status, outcome.tiles, outcome.reader) == ("done", 6, "cucim")
@@ -61,9 +61,12 @@ def test_features_are_those_of_the_tiles_alone(
     tiles = np.stack([pixels[y : y + 256, x : x + 256] for x, y in want])
     alone = torch.cat([encoder.encode(tile[None]) for tile in tiles]).numpy()
     np.testing.assert_allclose(stored.features, alone, rtol=1e-4, atol=1e-4)
-    assert seen[-1] == (6, 6)
+    assert seen[-1] == 6
     assert (tmp_path / "out" / "overlays" / "pink.png").is_file()
-    assert sum(report.stages_s.values()) == pytest.approx(report.elapsed_s, rel=0.05)
+    assert all(
+        report.stages_s[stage] > 0 for stage in ("open", "mask", "decode", "encode", "write")
+    )
+    assert 0 < report.encoder_busy <= 1
 
 
 def test_a_finished_slide_is_kept_and_a_different_recipe_refused(
