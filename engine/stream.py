@@ -147,6 +147,19 @@ def features_folder(out: Path, encoder: TileEncoder) -> Path:
     return out / f"features_{encoder.spec.slug}"
 
 
+def run_recipe(encoder: TileEncoder, options: EmbedOptions) -> dict[str, Any]:
+    """Return what the features of a run depend on, apart from the slides."""
+    return feature_recipe(
+        encoder=encoder.name,
+        encoder_sha256=encoder.weights_sha256,
+        target_mpp=options.mpp,
+        tile_px=options.tile_px,
+        dtype=options.dtype,
+        min_foreground=options.min_foreground,
+        tissue=options.tissue,
+    )
+
+
 def embed_slides(
     items: Sequence[SlideItem],
     encoder: TileEncoder,
@@ -181,16 +194,7 @@ def embed_slides(
         DiskFullError: There is no room; run again once there is.
     """
     options = options or EmbedOptions()
-    folder = features_folder(Path(out), encoder)
-    recipe = feature_recipe(
-        encoder=encoder.name,
-        encoder_sha256=encoder.weights_sha256,
-        target_mpp=options.mpp,
-        tile_px=options.tile_px,
-        dtype=options.dtype,
-        min_foreground=options.min_foreground,
-        tissue=options.tissue,
-    )
+    folder, recipe = features_folder(Path(out), encoder), run_recipe(encoder, options)
     timer = StageTimer()
     opened = Ledger.open(out, recipe, items, features=folder.name, new_recipe=new_recipe)
     with opened as ledger, ledger.beating():
