@@ -30,6 +30,7 @@ from modaltune.benchmarks.harness import (
     results_folder,
     timestamp,
 )
+from modaltune.engine.atomic import is_temporary
 from modaltune.engine.errors import InputError
 from modaltune.engine.ledger_report import read_status
 from modaltune.engine.ledger_schema import LEDGER_NAME
@@ -76,7 +77,7 @@ class CrashResult:
         in_flight: Slides that a killed run held, summed over kills; at most these are redone.
         redone: Whole slides that a later run made again.
         changed: Slides that differ from the unbroken run's.
-        left_over: Temporary files that a finished run left.
+        left_over: Temporary files of features and pictures that a finished run left.
         unbroken_s: Seconds of the unbroken run.
         by_stage: Kills by what the killed run had done: no ledger yet, no slide yet, some slides.
     """
@@ -155,7 +156,7 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
-def crash(
+def kill_runs(
     kills: int, seed: int, folder: Path, slides: int = 24, *, overlays: bool = False
 ) -> CrashResult:
     """Kill runs until `kills` of them died at work.
@@ -257,7 +258,7 @@ def _judge(
     result.redone += sum(now.get(name) != stamp for name, stamp in noted.items())
     result.changed += sum(got.get(name) != content for name, content in want.items())
     result.changed += len(got.keys() - want.keys())
-    result.left_over += sum(".modaltune-tmp" in path.name for path in out.rglob("*"))
+    result.left_over += sum(is_temporary(path) for path in out.glob("*/.*"))
     (one,) = read_status(out)
     if one.counts["done"] != len(want) or one.running:
         raise InputError(f"the ledger must have {len(want)} finished slides, got {one.counts}")
@@ -266,7 +267,9 @@ def _judge(
 def _write_encoder(folder: Path, width: int) -> None:
     import torch
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=width, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -322,6 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slides", type=int, default=24)
+    parser.add_argument(
+        "--overlays", action=argparse.BooleanOptionalAction, default=True, help="write pictures too"
+    )
     parser.add_argument("--folder", type=Path, help="folder on the disk to use")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--results", type=Path, help=f"folder of {CSV_NAME}")
@@ -331,8 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = results_folder(options.results)
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             found = asdict(
-                crash(options.kills, options.seed, Path(name), options.slides, overlays=True)
-            )
+                kill_runs(
+                    options.kills, options.seed, Path(name), options.slides,
+                    overlays=options.overlays,
+                )
+            )  # fmt: skip
         stages = found.pop("by_stage")
         row = {
             "time": timestamp(),
@@ -340,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "device": f"{cpu_model()}, {os.cpu_count()} cores",
             "seed": options.seed,
             "slides": options.slides,
+            "overlays": options.overlays,
             **found,
             **{f"killed_{stage.replace(' ', '_')}": count for stage, count in stages.items()},
             "seconds": round(time.perf_counter() - begun, 1),

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from modaltune.engine import ledger as ledger_module
 from modaltune.engine.cohort import SlideItem
 from modaltune.engine.errors import InputError
 from modaltune.engine.ledger import Ledger
+from modaltune.engine.ledger_manifest import RecipeSet, states
 from modaltune.engine.ledger_reconcile import compare
 from modaltune.engine.ledger_schema import connect, transaction
 from modaltune.engine.own_features import file_facts
@@ -82,45 +84,28 @@ def linked_cohort(folder: Path, count: int) -> tuple[Path, list[SlideItem]]:
 
 
 def time_open(folder: Path, count: int, rounds: int) -> dict[str, float]:
-    """Time opening a finished run's ledger, whole and the comparison with the disk in it.
+    """Time opening a finished run's ledger; and of it reading the rows and comparing the disk.
 
     Raises:
-        InputError: It found something to do, so that the time would be of something else.
+        InputError: There was something to do, so that the time would be of something else.
     """
     out, items = linked_cohort(folder, count)
+    group = RecipeSet(1, FEATURES, SMALL_RECIPE, recipe_sha256(SMALL_RECIPE))
     whole, disk = [], []
     for _ in range(rounds):
-        spent: list[float] = []
         start = time.perf_counter()
-        with _timing_compare(spent):
-            ledger = Ledger.open(out, SMALL_RECIPE, items, features=FEATURES)
+        ledger = Ledger.open(out, SMALL_RECIPE, items, features=FEATURES)
         whole.append(time.perf_counter() - start)
-        disk += spent
         with ledger:
             counts, opened = ledger.counts(), ledger.reconciled.opened
-        if counts != {"done": count} or opened:
+        with contextlib.closing(connect(out)) as db:
+            start = time.perf_counter()
+            found, verdicts = compare(group, out / FEATURES, states(db, 1), new_recipe=False)
+            disk.append(time.perf_counter() - start)
+        if counts != {"done": count} or opened or verdicts or found.missing:
             raise InputError(f"the ledger must find {count} finished slides, got {counts}")
     shutil.rmtree(out)
     return {**_quantiles("open_s", whole, 4), **_quantiles("reconcile_s", disk, 4)}
-
-
-@contextlib.contextmanager
-def _timing_compare(spent: list[float]) -> Iterator[None]:
-    """Time the comparison with the disk where opening calls it."""
-    from modaltune.engine import ledger_opening
-
-    def timed(*arguments: object, **options: object) -> object:
-        start = time.perf_counter()
-        try:
-            return compare(*arguments, **options)  # type: ignore[arg-type]
-        finally:
-            spent.append(time.perf_counter() - start)
-
-    ledger_opening.compare = timed  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        ledger_opening.compare = compare
 
 
 def time_slides(folder: Path, count: int) -> dict[str, float]:
@@ -138,7 +123,8 @@ def time_slides(folder: Path, count: int) -> dict[str, float]:
                 raise InputError(f"the ledger must give {count} slides, got {number}")
             facts = file_facts(small_features(lease.features, lease.item))
             name = "commit_no_fsync" if number % 2 else "commit"
-            with _undurable() if number % 2 else contextlib.nullcontext():
+            ours = _no_fsync if number % 2 else transaction
+            with patch.object(ledger_module, "transaction", ours):
                 start = time.perf_counter()
                 ledger.commit_done(lease, facts, timings={"read": 1.0, "encode": 2.0})
                 spent[name].append(time.perf_counter() - start)
@@ -158,20 +144,11 @@ def time_slides(folder: Path, count: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _undurable() -> Iterator[None]:
-    """Let commits go without their fsync."""
-
-    def no_fsync(
-        db: sqlite3.Connection, *, durable: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        del durable
-        return transaction(db, durable=False)
-
-    ledger_module.transaction = no_fsync  # type: ignore[assignment]
-    try:
+def _no_fsync(db: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+    """Stand in for `transaction` where commits go without their fsync."""
+    del durable
+    with transaction(db, durable=False):
         yield
-    finally:
-        ledger_module.transaction = transaction
 
 
 def _quantiles(name: str, values: Sequence[float], digits: int) -> dict[str, float]:

@@ -53,6 +53,13 @@ _NEXT = (
     "(?, ?, ?) AND EXISTS (SELECT 1 FROM temp.wanted w WHERE w.id = slides.id) "
     "ORDER BY attempts, queue_rank, id LIMIT 1"
 )
+# One statement, so that a slide which fails here and is claimed there is seen in either place.
+_UNSETTLED = (
+    "SELECT s.slide_id FROM leases l CROSS JOIN slides s ON s.id = l.slide WHERE s.set_id = ? "
+    "AND EXISTS (SELECT 1 FROM temp.wanted w WHERE w.id = s.id) "
+    "UNION ALL SELECT slide_id FROM slides WHERE set_id = ? AND status IN ('pending', 'failed') "
+    "AND EXISTS (SELECT 1 FROM temp.wanted w WHERE w.id = slides.id)"
+)
 
 
 class Ledger:
@@ -109,7 +116,7 @@ class Ledger:
 
         Raises:
             RecipeChangedError: Finished slides were made by other settings, and `new_recipe` is
-                False; its message names each setting. Nothing was changed.
+                False; its message names each setting. No finished slide was touched.
             LedgerError: The ledger can't be opened or written, or is something else.
             DiskFullError: There is no room for it.
         """
@@ -147,7 +154,7 @@ class Ledger:
 
         Returns:
             A lease on it, or None if none is waiting just now: others may be at work, and fail
-            (see `in_work`).
+            (see `unsettled`).
 
         Raises:
             LedgerError: Another process changed the recipe, or the ledger can't be written.
@@ -284,14 +291,10 @@ class Ledger:
         by_id = {row.slide_id: row for row in found}
         return [by_id[slide_id] for slide_id in self._items]
 
-    def in_work(self) -> list[str]:
-        """Return the ids of this run's slides that other processes are at work on."""
+    def unsettled(self) -> list[str]:
+        """Return the ids of this run's slides that others are at work on or that wait again."""
         with self._reading():
-            rows = self._db.execute(
-                "SELECT slide_id FROM slides WHERE set_id = ? AND status = 'running' AND id IN "
-                "(SELECT id FROM temp.wanted)",
-                (self._group.row,),
-            ).fetchall()
+            rows = self._db.execute(_UNSETTLED, (self._group.row, self._group.row)).fetchall()
         held = {lease.item.slide_id for lease in self._held.values()}
         return [slide_id for (slide_id,) in rows if slide_id not in held]
 

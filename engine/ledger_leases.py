@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from modaltune.engine.errors import InputError, LedgerError
+from modaltune.engine.errors import DiskFullError, InputError, LedgerError
 
 if TYPE_CHECKING:
     from modaltune.engine.cohort import SlideItem
@@ -237,6 +237,6 @@ class Heartbeat:
         while not self._stop.wait(self._every_s):
             try:
                 self._beat()
-            except LedgerError as error:
+            except (LedgerError, DiskFullError) as error:
                 # The next beat may get through; if none does, the leases run out, which is safe.
                 logger.warning("the ledger's heartbeat missed a beat: %s", error)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".h5"
+_ENOUGH = 20  # files of another recipe that are opened before a run is refused
 
 
 @dataclass
@@ -102,13 +103,16 @@ def compare(
             continue
         facts = _judge(group, folder / (slide_id + SUFFIX), state, result, different)
         verdicts.append(_Verdict(state, stamp, facts))
+        if len(result.replaced) >= _ENOUGH and not new_recipe:
+            break
     if result.replaced and not new_recipe:
         few = ", ".join(result.replaced[:5]) + (" ..." if len(result.replaced) > 5 else "")
+        count = f"{'at least ' if len(result.replaced) >= _ENOUGH else ''}{len(result.replaced)}"
         raise RecipeChangedError(
             f"feature files in {folder} must be made by this run's settings, got "
-            f"{len(result.replaced)} by others ({few}): {describe(different)}; choose another "
-            "--out, ask for the stored settings, move the files away, or make them again with "
-            "--new-recipe (each old file stays until its new one is whole)",
+            f"{count} by others ({few}): {describe(different)}; choose another --out, ask for the "
+            "stored settings, move the files away, or make them again with --new-recipe (each old "
+            "file stays until its new one is whole)",
             different,
         )
     return result, verdicts

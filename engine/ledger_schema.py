@@ -6,16 +6,19 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from modaltune.engine.atomic import fsync_folder, names_full_disk
+from modaltune.engine.atomic import fsync_folder, is_temporary, names_full_disk
 from modaltune.engine.errors import DiskFullError, LedgerError
 
 LEDGER_NAME = "ledger.sqlite"
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x4D544C47  # "MTLG", in the file's header
 BUSY_S = 30.0  # how long to wait for another process's transaction
+
+_STALE_S = 3600.0  # age at which a temporary file has no living writer
 
 # A set is one encoder's folder of feature files with the recipe they are made by. `queue_rank`
 # orders what is left, smallest first; `judged` is the recipe that the file of `file_size` and
@@ -93,6 +96,7 @@ def connect(folder: Path, *, busy_s: float = BUSY_S) -> sqlite3.Connection:
     with names_errors(path), names_full_disk(path):
         if not path.exists():
             _create(path)
+        _remove_stale(folder)
         db = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
         try:
             _check(db, path)
@@ -207,6 +211,17 @@ def _create(path: Path) -> None:
     finally:
         temp.unlink(missing_ok=True)
         temp.with_name(f"{temp.name}-journal").unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed writers of the output folder's own files left there, once it is old.
+
+    Feature files lie below, and are known by their leases; reports and ledgers have none.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_temporary(entry.name) and time.time() - entry.stat().st_mtime > _STALE_S:
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def _give_name(temp: Path, path: Path) -> None:

@@ -44,7 +44,7 @@ def leases(ledger: Ledger, *, poll_s: float = _POLL_S) -> Iterator[Lease | None]
         if ledger.has_leases:
             yield None
             continue
-        others = ledger.in_work()
+        others = ledger.unsettled()
         if not others:
             return
         if not told:

@@ -26,6 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_kills_at_random_points_lose_nothing(found: dict[str, Any]) -> None:
     killed = found["killed"]
+    assert killed["code"] == 0
+    assert killed["beside"] == ["crash.csv"]
     assert killed["kills"] == KILLS
     assert killed["finished"] >= 1
     assert killed["whole_at_kill"] > 0

@@ -137,9 +137,10 @@ def test_two_workers_never_hold_one_slide(tmp_path: Path) -> None:
     with opened(tmp_path / "out", items) as one, opened(tmp_path / "out", items) as two:
         first, second = claimed(one), claimed(two)
         assert first.item.slide_id != second.item.slide_id
-        assert one.in_work() == [second.item.slide_id]
-        assert two.in_work() == [first.item.slide_id]
+        assert one.unsettled() == [second.item.slide_id, "s0"]
+        assert two.unsettled() == [first.item.slide_id, "s0"]
         third = claimed(one)
+        assert one.unsettled() == [second.item.slide_id]
         assert two.claim() is None
         one.commit_failed(third, "not this time")
         assert claimed(two).item.slide_id == third.item.slide_id

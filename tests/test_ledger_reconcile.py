@@ -155,6 +155,14 @@ def test_files_of_another_recipe_without_a_ledger_are_refused(
         assert ledger.reconciled.adopted == ["s0"]
 
 
+def test_a_refusal_does_not_open_every_file(out: Path, tmp_path: Path) -> None:
+    many = [SlideItem(tmp_path / f"m{i}.svs", f"m{i:02d}", "case") for i in range(30)]
+    for item in many:
+        small_features(feature_file(out, item), item, OTHER)
+    with pytest.raises(RecipeChangedError, match=r"got at least 20 by others \(m00, .* \.\.\.\)"):
+        opened(out, many)
+
+
 def test_new_recipe_replaces_files_of_others(out: Path, items: list[SlideItem]) -> None:
     path = small_features(feature_file(out, items[0]), items[0], OTHER)
     assert sorted(run(out, items, new_recipe=True)) == ["s0", "s1", "s2", "s3"]

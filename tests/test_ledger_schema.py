@@ -110,6 +110,16 @@ def test_a_ledger_on_a_readonly_disk_can_be_looked_at(
     assert os.listdir(tmp_path) == [LEDGER_NAME]
 
 
+def test_old_temporary_files_of_the_folder_itself_are_removed(tmp_path: Path) -> None:
+    old, young = (tmp_path / f".report.{c * 16}.modaltune-tmp.json" for c in "ab")
+    for path in (old, young, tmp_path / "mine.json"):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    os.utime(tmp_path / "mine.json", (0, 0))
+    connect(tmp_path).close()
+    assert sorted(os.listdir(tmp_path)) == [young.name, LEDGER_NAME, "mine.json"]
+
+
 def test_no_ledger_to_look_at(tmp_path: Path) -> None:
     for look in (read_status, retry_slides):
         with pytest.raises(LedgerError, match=r"must hold ledger.sqlite, got none; name the --out"):
