@@ -321,27 +321,32 @@ class Dispatcher(threading.Thread):
             self._start_worker()
 
     def _assign(self) -> None:
-        """Hand out jobs, to the least busy worker first."""
+        """Hand out jobs, to the least busy worker first.
+
+        A survey takes long: nothing waits behind one, nor does one wait behind anything.
+        """
         for depth in range(_DEPTH):
             for worker in self._workers:
-                if worker.is_ready and len(worker.jobs) == depth:
-                    assigned = self._next_job()
+                if not worker.is_ready or len(worker.jobs) != depth:
+                    continue
+                if all(isinstance(given.job, DecodeJob) for given in worker.jobs):
+                    assigned = self._next_job(may_survey=depth == 0)
                     if assigned is None:
                         return
                     worker.give(assigned)
 
-    def _next_job(self) -> Assigned[Work] | None:
+    def _next_job(self, may_survey: bool) -> Assigned[Work] | None:
         """Choose between the next slide's survey and the first slide's next group."""
         ahead = sum(1 for slide in self._slides if slide.survey is None or slide.groups)
         # A slide in reserve comes first: its survey takes longer than a group, and no worker should
         # run dry at the end of a slide.
-        if self._requests and ahead < 2:
+        if may_survey and self._requests and ahead < 2:
             return self._survey_job()
         if self._free:
             for slide in self._slides:
                 if slide.groups and slide.survey is not None:
                     return self._decode_job(slide, slide.survey)
-        if self._requests and ahead < self._options.lookahead:
+        if may_survey and self._requests and ahead < self._options.lookahead:
             return self._survey_job()
         return None
 

@@ -88,6 +88,18 @@ def drain(decoder: TileDecoder) -> dict[str, DecodeEvent]:
     return ends
 
 
+def end_of(decoder: TileDecoder) -> list[DecodeEvent]:
+    """Take all events without counting tiles; return the ends."""
+    ends = []
+    while decoder.in_progress:
+        event = decoder.next_event(WAIT_S)
+        if isinstance(event, TileBlock):
+            event.release()
+        else:
+            ends.append(event)
+    return ends
+
+
 def is_gone(pid: int) -> bool:
     """Whether a process has ended (a zombie that nobody waits for has)."""
     try:
@@ -161,18 +173,51 @@ def test_an_idle_worker_that_dies_costs_nothing(slide: Path) -> None:
         assert isinstance(drain(decoder)["a"], SlideDone)
 
 
+def test_workers_are_added_while_the_consumer_waits(
+    slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers at first; stopped ones look busy for ever, so others are started."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)))
+    with TileDecoder(DecodeOptions(TILES, block_tiles=16)) as decoder:
+        decoder.submit(request("warm", slide))
+        drain(decoder)
+        stopped = stop_all(decoder, signal.SIGSTOP)
+        assert len(stopped) == 2
+        for key in "abcd":
+            decoder.submit(request(key, slide))
+        # The stopped ones hold a job or two each; the third has the rest to itself.
+        event = decoder.next_event(WAIT_S)
+        assert len(decoder.pids) == 3
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        if isinstance(event, TileBlock):
+            event.release()
+        ends = [event for event in end_of(decoder) if not isinstance(event, SlideFound)]
+        assert all(isinstance(event, SlideDone) for event in ends)
+        assert len(ends) == 4
+
+
 def test_slabs_of_dead_workers_come_back(slide: Path) -> None:
-    """More deaths than slabs, and still a slide goes through."""
+    """Workers die with blocks in hand more often than there are slabs, and still a slide comes."""
     with ready_decoder(slide) as decoder:
-        for turn in range(decoder.options.slabs + 1):
-            stop_all(decoder, signal.SIGSTOP)
+        for turn in range(decoder.options.slabs):
             decoder.submit(request(str(turn), slide))
+            kept: list[TileBlock] = []
+            while len(kept) < decoder.options.slabs:
+                event = decoder.next_event(WAIT_S)
+                if isinstance(event, TileBlock):
+                    kept.append(event)
+            # Nothing is in hand now for want of slabs; what is next goes to a stopped worker.
+            stop_all(decoder, signal.SIGSTOP)
+            for block in kept:
+                block.release()
             with pytest.raises(TimeoutError):
-                decoder.next_event(0.05)
+                decoder.next_event(0.1)
             stop_all(decoder, signal.SIGKILL)
-            drain(decoder)
-            decoder.submit(request("after", slide))
-            assert isinstance(drain(decoder)["after"], SlideDone)
+            (end,) = end_of(decoder)
+            assert isinstance(end, SlideFailed)
+        decoder.submit(request("after", slide))
+        assert isinstance(drain(decoder)["after"], SlideDone)
 
 
 def test_a_worker_that_grows_too_large_is_ended(tmp_path: Path, slide: Path) -> None:
