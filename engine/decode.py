@@ -132,8 +132,8 @@ class DecodeOptions:
     def shared_bytes(self) -> int:
         """Most shared memory: (2 workers + 2) x tiles of a block x 3 x tile_px**2 bytes.
 
-        75 MB for 2 workers and the default tiles. Each worker takes about 60 MB besides, about
-        150 MB once it has surveyed a slide.
+        75 MB for 2 workers and the default tiles. Each worker has about 25 MB of its own besides,
+        100 MB once it has surveyed a slide.
         """
         return self.slabs * self.tiles_per_block * 3 * self.tiles.tile_px**2
 
