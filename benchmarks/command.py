@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from modaltune.benchmarks.decode_command import decode as decode_command
 from modaltune.benchmarks.encoders_command import encoders as encoders_command
 from modaltune.benchmarks.model_command import model as model_command
 from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from modaltune.benchmarks.kernel_spec import OpSpec
 
 bench_app = typer.Typer(
-    help="Time the kernels and the model, or model what they cost.", no_args_is_help=True
+    help="Time the kernels, the model and decoding, or model what they cost.", no_args_is_help=True
 )
 
 
@@ -183,3 +184,4 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
 
 bench_app.command("model")(reports_errors(model_command))
 bench_app.command("encoders")(encoders_command)
+bench_app.command("decode")(reports_errors(decode_command))

@@ -254,6 +254,7 @@ def _rows(
             "tiles_per_s_p50": round(median, 1),
             "tiles_per_s_p80": round(tiles / float(np.quantile(seconds[name], 0.2)), 1),
             "ours_over_this": round(medians[OURS] / median, 3),
+            "bar": case.bar(name) or "",
             "difference": round(differences[name], 4),
         }
         for name, median in medians.items()

@@ -8,6 +8,7 @@ its share of the tiles, and keep the pixels to themselves: handing them over is 
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import sys
@@ -36,8 +37,7 @@ def fitted(region: Rgb, tile_px: int) -> Rgb:
 
 def cucim_tiles(job: dict[str, Any]) -> Tiles:
     """Raw cuCIM: its batch iterator with its own worker threads; views of its buffers."""
-    import cucim
-
+    cucim: Any = importlib.import_module("cucim")
     image = cucim.CuImage(job["path"])
     side = job["read_px"]
     batches = image.read_region(
@@ -146,6 +146,7 @@ def main(name: str) -> None:
     shares: list[Any] = []
     for line in sys.stdin:
         job = json.loads(line)
+        answer: dict[str, Any]
         try:
             if "save" in job:
                 found = dict(tiles(job))

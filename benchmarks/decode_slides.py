@@ -56,9 +56,14 @@ class Case:
         """Side of the slide."""
         return JPEG2000_SIDE if self.codec == "jpeg2000" else SIDE
 
-    @property
-    def bar(self) -> float:
-        """What we must reach of raw cuCIM's speed."""
+    def bar(self, rival: str) -> float | None:
+        """How many times a rival's speed we aim at, None where there is no aim."""
+        if rival.startswith("hs2p"):
+            return 1.5
+        if rival == "openslide":
+            return 4.0
+        if rival != "cucim":
+            return None
         if self.read_px != TILE_PX:
             return 1.4
         if self.file_tile != TILE_PX:

@@ -7,7 +7,6 @@ hangs, crashes or grows too large costs one slide. How little is read for it: `e
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -27,6 +26,8 @@ from modaltune.engine.decode_dispatch import (
     DispatchOptions,
     Event,
     Found,
+    Over,
+    Progress,
     Ready,
 )
 from modaltune.engine.decode_jobs import Device, SlideRequest, Survey, TileOptions
@@ -131,8 +132,8 @@ class DecodeOptions:
     def shared_bytes(self) -> int:
         """Most shared memory: (2 workers + 2) x tiles of a block x 3 x tile_px**2 bytes.
 
-        75 MB for 2 workers and the default tiles. Each worker takes about 60 MB besides, about
-        150 MB once it has surveyed a slide.
+        75 MB for 2 workers and the default tiles. Each worker has about 25 MB of its own besides,
+        100 MB once it has surveyed a slide.
         """
         return self.slabs * self.tiles_per_block * 3 * self.tiles.tile_px**2
 
@@ -243,6 +244,7 @@ class TileDecoder:
         shape = options.slabs, options.tiles_per_block, options.tiles.tile_px
         self._shared = SharedTiles(shape)
         self._keys: set[str] = set()
+        self._generation = 0
         self._dispatcher = Dispatcher(
             self._shared,
             DispatchOptions(
@@ -284,7 +286,8 @@ class TileDecoder:
                 "number them"
             )
         self._keys.add(request.key)
-        self._dispatcher.call(partial(self._dispatcher.submit, request))
+        slide = Progress(request, self._generation)
+        self._dispatcher.call(partial(self._dispatcher.submit, slide))
 
     def next_event(self, timeout_s: float | None = None) -> DecodeEvent:
         """Wait for what comes next; for one consuming thread.
@@ -293,19 +296,29 @@ class TileDecoder:
             TimeoutError: Nothing came in time.
             DecodeError: The decoder's processes don't start, or it is closed.
         """
+        while True:
+            event = self._wait(timeout_s)
+            if isinstance(event, Broken):
+                raise DecodeError(event.reason)
+            if event.slide.generation == self._generation:
+                return self._public(event)
+            if isinstance(event, Ready):  # of a slide that was dropped
+                self._dispatcher.call(partial(self._dispatcher.free, event.slab))
+
+    def _wait(self, timeout_s: float | None) -> Event:
+        """Take the next event, and let the dispatcher know of waiting for it."""
         try:
-            event = self._dispatcher.events.get_nowait()
+            return self._dispatcher.events.get_nowait()
         except queue.Empty:
             if not self._dispatcher.is_alive():
                 raise DecodeError("the decoder is closed") from None
-            self._dispatcher.waiting_since = time.monotonic()
-            try:
-                event = self._dispatcher.events.get(timeout=timeout_s)
-            except queue.Empty as error:
-                raise TimeoutError(f"no tiles within {timeout_s:g} s") from error
-            finally:
-                self._dispatcher.waiting_since = None
-        return self._public(event)
+        self._dispatcher.waiting_since = time.monotonic()
+        try:
+            return self._dispatcher.events.get(timeout=timeout_s)
+        except queue.Empty as error:
+            raise TimeoutError(f"no tiles within {timeout_s} s") from error
+        finally:
+            self._dispatcher.waiting_since = None
 
     def stream(self, requests: Iterable[SlideRequest]) -> Iterator[DecodeEvent]:
         """Decode slides; yields events until all are done or failed.
@@ -342,11 +355,10 @@ class TileDecoder:
             except TimeoutError:
                 logger.info("no tiles for %g s; are all blocks released?", _STUCK_S)
 
-    def _public(self, event: Event) -> DecodeEvent:
+    def _public(self, event: Found | Ready | Over) -> DecodeEvent:
         """Turn the dispatcher's event into the caller's."""
-        if isinstance(event, Broken):
-            raise DecodeError(event.reason)
-        key = event.slide.request.key
+        slide = event.slide
+        key = slide.request.key
         if isinstance(event, Found):
             return SlideFound(key, event.survey)
         if isinstance(event, Ready):
@@ -355,24 +367,14 @@ class TileDecoder:
         self._keys.discard(key)
         if event.reason:
             return SlideFailed(key, event.reason)
-        slide = event.slide
         return SlideDone(key, slide.delivered, slide.bad, slide.seconds)
 
     def _drop_all(self) -> None:
-        """Drop the slides in progress and take back the blocks that nobody took."""
-        if not self._keys:
-            return
-        self._keys.clear()
-        marker: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._dispatcher.call(self._dispatcher.drop_all)
-        self._dispatcher.call(partial(marker.put, None))
-        with contextlib.suppress(queue.Empty):
-            marker.get(timeout=_CLOSE_S)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                event = self._dispatcher.events.get_nowait()
-                if isinstance(event, Ready):
-                    self._dispatcher.call(partial(self._dispatcher.free, event.slab))
+        """Drop the slides in progress; what comes of them still is passed over."""
+        if self._keys:
+            self._keys.clear()
+            self._generation += 1
+            self._dispatcher.call(self._dispatcher.drop_all)
 
     def close(self) -> None:
         """End the workers; blocks that are out stay valid. May be called again."""

@@ -67,6 +67,7 @@ class Progress:
 
     Attributes:
         request: What was asked for.
+        generation: The caller's mark, to tell slides that it has dropped.
         survey: What was found, None before.
         groups: Groups not yet handed out.
         in_hand: Jobs in workers' hands.
@@ -77,6 +78,7 @@ class Progress:
     """
 
     request: SlideRequest
+    generation: int = 0
     survey: Survey | None = None
     groups: deque[Int64] = field(default_factory=deque)
     in_hand: int = 0
@@ -136,7 +138,7 @@ class Dispatcher(threading.Thread):
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # The last slab returned is used first: memory that was never needed is never touched.
         self._free = list(range(shared.array.shape[0]))[::-1]
-        self._requests: deque[SlideRequest] = deque()
+        self._requests: deque[Progress] = deque()
         self._slides: list[Progress] = []
         self._workers: list[Worker[Work]] = []
         self._failed_starts = 0
@@ -153,9 +155,9 @@ class Dispatcher(threading.Thread):
         except OSError:
             pass  # it has ended: nothing is left to do
 
-    def submit(self, request: SlideRequest) -> None:
+    def submit(self, slide: Progress) -> None:
         """Take a slide on; runs in this thread."""
-        self._requests.append(request)
+        self._requests.append(slide)
 
     def drop_all(self) -> None:
         """Deliver nothing more of any slide; runs in this thread."""
@@ -291,8 +293,8 @@ class Dispatcher(threading.Thread):
             elif not slide.is_over and indices is not None:
                 slide.groups.appendleft(indices)
             elif not slide.is_over:
-                self._end_slide(slide)
-                self._requests.appendleft(slide.request)
+                self._slides.remove(slide)
+                self._requests.appendleft(slide)
         if not self._is_closing:
             self._start_worker()
 
@@ -319,32 +321,38 @@ class Dispatcher(threading.Thread):
             self._start_worker()
 
     def _assign(self) -> None:
-        """Hand out jobs, to the least busy worker first."""
+        """Hand out jobs, to the least busy worker first.
+
+        A survey takes long: nothing waits behind one, nor does one wait behind anything.
+        """
         for depth in range(_DEPTH):
             for worker in self._workers:
-                if worker.is_ready and len(worker.jobs) == depth:
-                    assigned = self._next_job()
+                if not worker.is_ready or len(worker.jobs) != depth:
+                    continue
+                if all(isinstance(given.job, DecodeJob) for given in worker.jobs):
+                    assigned = self._next_job(may_survey=depth == 0)
                     if assigned is None:
                         return
                     worker.give(assigned)
 
-    def _next_job(self) -> Assigned[Work] | None:
+    def _next_job(self, may_survey: bool) -> Assigned[Work] | None:
         """Choose between the next slide's survey and the first slide's next group."""
         ahead = sum(1 for slide in self._slides if slide.survey is None or slide.groups)
         # A slide in reserve comes first: its survey takes longer than a group, and no worker should
         # run dry at the end of a slide.
-        if self._requests and ahead < 2:
+        if may_survey and self._requests and ahead < 2:
             return self._survey_job()
         if self._free:
             for slide in self._slides:
                 if slide.groups and slide.survey is not None:
                     return self._decode_job(slide, slide.survey)
-        if self._requests and ahead < self._options.lookahead:
+        if may_survey and self._requests and ahead < self._options.lookahead:
             return self._survey_job()
         return None
 
     def _survey_job(self) -> Assigned[Work]:
-        slide = Progress(self._requests.popleft(), in_hand=1)
+        slide = self._requests.popleft()
+        slide.in_hand += 1
         self._slides.append(slide)
         request, options = slide.request, self._options
         source = SlideSource(request.path, request.base_mpp, options.tiles.reader, options.device)
