@@ -84,6 +84,18 @@ def test_batches_of_an_engine() -> None:
     assert profile_batches(1) == (1,)
 
 
+def test_an_engine_for_larger_batches(eager: TorchEncoder, recorder: Any) -> None:
+    tiles = probe_tiles(9, 40, 40)
+    transfers = fake.FakeTransfers(recorder)
+    encoder = TensorrtEncoder(eager, batch_size=4, engine_batch=16, transfers=transfers)
+    torch.testing.assert_close(encoder.encode(tiles), eager.encode(tiles), rtol=0, atol=1e-5)
+    assert "execute 16" not in recorder.log
+    assert recorder.log.count("add profile pixels [16, 3, 28, 28]") == 1
+    got = encoder.encode(tiles, batch_size=100)  # the largest that it has
+    torch.testing.assert_close(got, eager.encode(tiles), rtol=0, atol=1e-5)
+    assert recorder.log.count("execute 16") == 1
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 9, 23])
 def test_features_are_the_eager_ones(eager: TorchEncoder, recorder: Any, count: int) -> None:
     encoder = opened(eager, recorder)

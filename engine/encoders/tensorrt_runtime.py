@@ -73,7 +73,9 @@ class TensorrtEncoder(TileEncoder):
     Args:
         eager: The encoder whose weights are taken, on a CUDA device; its precision decides the
             engine's.
-        batch_size: Tiles at a time; the engine is built for it and for its quarters.
+        batch_size: Tiles at a time.
+        engine_batch: The engine is built for so many tiles and for its quarters; default
+            `batch_size`.
         transfers: Streams and buffers; default torch's, with PyCUDA's pinned pool where it is here.
 
     Raises:
@@ -89,6 +91,7 @@ class TensorrtEncoder(TileEncoder):
         eager: TorchEncoder,
         *,
         batch_size: int | None = None,
+        engine_batch: int | None = None,
         transfers: Transfers | None = None,
     ) -> None:
         if eager.device.type != "cuda" and transfers is None:
@@ -108,7 +111,7 @@ class TensorrtEncoder(TileEncoder):
         self._transfers = transfers or TorchTransfers(eager.device)
         self._dtype = HALF_TYPES.get(self.precision, torch.float32)
         self._slots: dict[tuple[int, ...], list[_Slot]] = {}
-        self._runner = self._load(profile_batches(self.batch_size))
+        self._runner = self._load(profile_batches(engine_batch or self.batch_size))
 
     @property
     def weights_sha256(self) -> str:
