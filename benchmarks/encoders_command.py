@@ -68,8 +68,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("encoder", "side", "setting"):
-        table.add_column(name)
+    for name in ("encoder", "side"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("setting", overflow="fold")
     for name in ("tiles/s", "p20", "p80", "x plain", "GFLOP/s"):
         table.add_column(name, justify="right")
     for row in rows:

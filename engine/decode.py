@@ -158,10 +158,14 @@ class SlideDone:
 
 @dataclass(frozen=True)
 class SlideFailed:
-    """A slide failed; blocks of it that were delivered are of no use."""
+    """A slide failed; blocks of it that were delivered are of no use.
+
+    `is_disk_full`: its overlay had no room, which is no fault of the slide.
+    """
 
     key: str
     reason: str
+    is_disk_full: bool = False
 
 
 class TileBlock:
@@ -366,7 +370,7 @@ class TileDecoder:
             return TileBlock(event, tiles, self._dispatcher)
         self._keys.discard(key)
         if event.reason:
-            return SlideFailed(key, event.reason)
+            return SlideFailed(key, event.reason, event.is_disk_full)
         return SlideDone(key, slide.delivered, slide.bad, slide.seconds)
 
     def _drop_all(self) -> None:

@@ -32,7 +32,7 @@ from modaltune.engine.decode_jobs import (
 )
 from modaltune.engine.decode_plan import group_tiles
 from modaltune.engine.decode_read import read_group
-from modaltune.engine.errors import InputError
+from modaltune.engine.errors import DiskFullError, InputError
 from modaltune.engine.jpeg_half import HalfScaleJpeg, can_halve
 from modaltune.engine.readers import SlideReader, open_slide
 from modaltune.engine.shared_tiles import SharedTiles
@@ -190,7 +190,7 @@ def serve(connection: Connection, shared: SharedTiles, lines: _Lines) -> None:
             else:
                 result = decode(job, slides, shared)
         except (InputError, OSError) as error:
-            result = Refusal(str(error))
+            result = Refusal(str(error), isinstance(error, DiskFullError))
         except Exception as error:  # a decoder's surprise costs this slide, not the process
             result = Refusal(f"{type(error).__name__}: {error}")
         connection.send(Reply(result, time.perf_counter() - start, lines.take()))

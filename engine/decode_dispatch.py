@@ -112,6 +112,7 @@ class Over:
 
     slide: Progress
     reason: str = ""
+    is_disk_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class Dispatcher(threading.Thread):
             else:
                 self._deliver(slide, indices, result, assigned.job.slab)
         if isinstance(result, Refusal):
-            self._fail(slide, result.reason)
+            self._fail(slide, result.reason, result.is_disk_full)
         self._finish_if_done(slide)
 
     def _deliver(self, slide: Progress, indices: Int64, is_bad: Bool, slab: int) -> None:
@@ -263,10 +264,10 @@ class Dispatcher(threading.Thread):
         self._end_slide(slide)
         self.events.put(Over(slide))
 
-    def _fail(self, slide: Progress, reason: str) -> None:
+    def _fail(self, slide: Progress, reason: str, is_disk_full: bool = False) -> None:
         if not slide.is_over:
             self._end_slide(slide)
-            self.events.put(Over(slide, reason))
+            self.events.put(Over(slide, reason, is_disk_full))
 
     def _end_slide(self, slide: Progress) -> None:
         slide.is_over = True

@@ -106,9 +106,15 @@ class Survey:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A job that could not be done, and why; the worker goes on."""
+    """A job that could not be done, and why; the worker goes on.
+
+    Attributes:
+        reason: Why.
+        is_disk_full: Whether the overlay has no room: no fault of the slide.
+    """
 
     reason: str
+    is_disk_full: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class EncodedSlide:
         bad_tiles: Tiles left out because they could not be read.
         reason: Why it failed or has no tiles.
         seconds: Seconds of other processes by stage.
+        is_disk_full: Whether it failed because its overlay had no room.
     """
 
     request: SlideRequest
@@ -44,6 +45,7 @@ class EncodedSlide:
     bad_tiles: int = 0
     reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    is_disk_full: bool = False
 
     @property
     def key(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from modaltune.engine.cohort import SlideItem
 from modaltune.engine.decode import DecodeOptions, SlideRequest, TileOptions
 from modaltune.engine.encoded_slide import EncodedSlide
-from modaltune.engine.errors import InputError, SlideError
+from modaltune.engine.errors import DiskFullError, InputError, SlideError
 from modaltune.engine.ledger import Lease, Ledger, SlideRow
 from modaltune.engine.ledger_work import settles
 from modaltune.engine.own_features import FileFacts
@@ -343,10 +343,11 @@ def _write(
 
     Raises:
         SlideError: The slide failed.
+        DiskFullError: Its overlay or its features have no room.
     """
     survey = slide.survey
     if slide.status == "failed" or survey is None:
-        raise SlideError(slide.reason)
+        raise DiskFullError(slide.reason) if slide.is_disk_full else SlideError(slide.reason)
     lost = {"bad_tiles": slide.bad_tiles} if slide.bad_tiles else {}
     with clock.stage("write", slide.key):
         return record_features(

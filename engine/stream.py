@@ -233,7 +233,10 @@ class SlideStream(Iterator[EncodedSlide]):
             self._settle(self._open[event.key].delivered(event.bad_tiles, event.seconds))
         else:
             self._open.pop(event.key, None)
-            self._finished.put(EncodedSlide(self._asked.pop(event.key), reason=event.reason))
+            asked = self._asked.pop(event.key)
+            self._finished.put(
+                EncodedSlide(asked, reason=event.reason, is_disk_full=event.is_disk_full)
+            )
         return True
 
     def _take_slides(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if not (INTERPRET or torch.cuda.is_available()):
         _skip(items, "triton", "needs a GPU, or TRITON_INTERPRET=1")
+    if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
+        _skip(items, "tensorrt", "needs TensorRT-RTX, which .ci/run installs for a step of its own")
     if SHARED.is_dir() or os.environ.get("MODALTUNE_REQUIRE_SHARED") == "1":
         return
     _skip(items, "shared", f"shared data folder not found at {SHARED.name}/ beside the checkout")

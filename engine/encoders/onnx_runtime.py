@@ -154,7 +154,8 @@ class OnnxEncoder(TileEncoder):
             self._sessions[size] = found  # last used, last
             return found
 
-    def _release_memory(self) -> None:
+    def release_memory(self) -> None:
+        """Close the sessions; the next call opens them again."""
         with self._lock:
             self._sessions.clear()  # an arena gives nothing back while its session lives
 

@@ -213,8 +213,8 @@ class TileEncoder(ABC):
             RuntimeError: Among others, memory is full (`is_out_of_memory`).
         """
 
-    def _release_memory(self) -> None:
-        """Give cached memory back before a smaller batch is tried."""
+    def release_memory(self) -> None:
+        """Give cached memory back, as before a smaller batch is tried; no call may be running."""
         gc.collect()
 
     def _try(self, tiles: Tensor, size: int) -> Tensor | None:
@@ -229,7 +229,7 @@ class TileEncoder(ABC):
 
     def _halve(self, tried: int) -> int:
         """Return the next batch size after `tried` tiles filled the memory."""
-        self._release_memory()
+        self.release_memory()
         if tried == 1:
             raise InputError(
                 f"{self.spec.name} must fit into the memory of {self.device} with one tile, got "

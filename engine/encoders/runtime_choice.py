@@ -29,6 +29,7 @@ from modaltune.engine.encoders.model_cache import cache_folder, digest
 from modaltune.engine.encoders.registry import RUNTIMES
 from modaltune.engine.encoders.runtime import RuntimeChoice, TileEncoder
 from modaltune.engine.encoders.runtime_speed import Candidate, fastest
+from modaltune.engine.encoders.tensorrt_library import NAMES as TENSORRT_NAMES
 from modaltune.engine.encoders.torch_runtime import CompiledEncoder, TorchEncoder
 from modaltune.engine.errors import InputError
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "MODALTUNE_RUNTIME"
 _BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (32, 64, 128, 256, 512)}
 _ONNX_BATCHES = (1, 2, 4)
+_TENSORRT_BATCHES = (64, 256)  # of one engine: it has profiles for its largest and its quarters
 _COMPILED_BATCHES = {"cpu": (8,), "cuda": (128,)}  # each is a compilation
 
 
@@ -93,7 +95,7 @@ def available_runtimes(device: torch.device) -> tuple[str, ...]:
     """
     if device.type == "cpu":
         return "torch", "onnxruntime"
-    has_tensorrt = importlib.util.find_spec("tensorrt") is not None
+    has_tensorrt = any(importlib.util.find_spec(name) is not None for name in TENSORRT_NAMES)
     return "torch", "torch-compile", *(("tensorrt",) if has_tensorrt else ())
 
 
@@ -140,7 +142,7 @@ def _build(eager: TorchEncoder, choice: RuntimeChoice, size: tuple[int, int]) ->
         return OnnxEncoder(eager, tile_px=size, layout=layout, batch_size=batch)
     from modaltune.engine.encoders.tensorrt_runtime import TensorrtEncoder
 
-    return TensorrtEncoder(eager, batch_size=batch)
+    return TensorrtEncoder(eager, batch_size=batch, engine_batch=choice.settings["engine_batch"])
 
 
 def measured_choice(
@@ -205,7 +207,7 @@ def _candidates(
             for layout in layouts(torch.get_num_threads()):
                 add(runtime, _ONNX_BATCHES, workers=layout.workers, threads=layout.threads)
         else:
-            add(runtime, _BATCHES["cuda"][:-1])
+            add(runtime, _TENSORRT_BATCHES, engine_batch=batch_size or _TENSORRT_BATCHES[-1])
     return found
 
 
@@ -225,7 +227,7 @@ def _facts(
         "versions": {
             "torch": str(torch.__version__),
             "onnxruntime": _version("onnxruntime"),
-            "tensorrt": _version("tensorrt"),
+            "tensorrt": _version("tensorrt") or _version("tensorrt-rtx-cu13-bindings"),
             "export": EXPORT_VERSION,
         },
     }

@@ -92,7 +92,8 @@ class TorchEncoder(TileEncoder):
             return nullcontext()
         return torch.autocast(self.device.type, HALF_TYPES[self.precision])
 
-    def _release_memory(self) -> None:
+    def release_memory(self) -> None:
+        """Give the memory that torch caches on the GPU back."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
