@@ -1,4 +1,4 @@
-"""Slides to feature files in an output folder, by its ledger: nothing finished is lost or redone."""
+"""Slides to feature files by the ledger of an output folder: nothing finished is lost or redone."""
 
 from __future__ import annotations
 
