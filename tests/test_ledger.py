@@ -173,6 +173,10 @@ def test_a_silent_lease_is_taken_over_and_its_owner_cannot_commit(tmp_path: Path
         assert taken is not None
         assert taken.attempt == 2
         small_features(lost.features, lost.item)
+        assert not lost.lost.is_set()
+        slow.heartbeat()  # as the thread beats: it tells, and does not raise
+        assert lost.lost.is_set()
+        assert not slow.has_leases
         for settle in (
             lambda: slow.commit_done(lost),
             lambda: slow.commit_failed(lost, "too late"),
@@ -181,7 +185,6 @@ def test_a_silent_lease_is_taken_over_and_its_owner_cannot_commit(tmp_path: Path
         ):
             with pytest.raises(LeaseLostError, match=r"slide s0 must be held .* next slide"):
                 settle()
-        assert lost.lost.is_set()
         assert quick.counts() == {"running": 1}
         with settles(slow, lost):
             slow.commit_done(lost)  # in a stream, the other worker's slide is let go
