@@ -153,8 +153,7 @@ def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles
     options = StreamOptions(decode=DecodeOptions(workers=workers))
     tile_bytes = 3 * TILE_PX**2
     batches = 3 * 32 * tile_bytes
-    slides = workers + 3 + options.finished_ahead
-    features = slides * largest_tiles * encoder.width * 4
+    features = options.most_slides * largest_tiles * encoder.width * 4
     children = workers * 150 * 2**20
     return base_mib + (options.decode.shared_bytes + batches + features + children) / 2**20
 

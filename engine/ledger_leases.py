@@ -162,20 +162,24 @@ class Ended(NamedTuple):
         slide_id: The slide.
         deaths: How many processes died at the slide, or went silent.
         reason: What happened, in words.
+        is_first: Whether it is the oldest of its holder's leases, the one that it died at; a stream
+            holds others that it has only begun.
     """
 
     slide: int
     slide_id: str
     deaths: int
     reason: str
+    is_first: bool
 
 
 def ended_leases(db: sqlite3.Connection, set_id: int, now: float) -> list[Ended]:
     """Return the leases of a set that dead processes hold and those that ran out."""
-    ended = []
+    ended, holders = [], set()
     for slide, slide_id, deaths, expires_at, *who in db.execute(
         "SELECT l.slide, s.slide_id, s.attempts - s.failures, l.expires_at, l.host, l.machine, "
-        "l.pid, l.started FROM leases l JOIN slides s ON s.id = l.slide WHERE s.set_id = ?",
+        "l.pid, l.started FROM leases l JOIN slides s ON s.id = l.slide WHERE s.set_id = ? "
+        "ORDER BY l.claimed_at",
         (set_id,),
     ):
         worker = Worker(*who)
@@ -186,17 +190,27 @@ def ended_leases(db: sqlite3.Connection, set_id: int, now: float) -> list[Ended]
         else:
             continue
         said = f"process {worker.pid} on {worker.host} {how} at it"
-        ended.append(Ended(slide, slide_id, deaths, said))
+        ended.append(Ended(slide, slide_id, deaths, said, worker not in holders))
+        holders.add(worker)
     return ended
 
 
 def take_over(db: sqlite3.Connection, set_id: int, now: float, max_deaths: int) -> None:
     """End the leases of dead processes and those that ran out; inside a transaction.
 
-    Their slides wait again, after those that killed nobody. A slide under which `max_deaths`
-    processes died is quarantined: it kills whoever reads it.
+    The slide that a process died at, the oldest that it held, waits again after those that killed
+    nobody; after `max_deaths` it is quarantined: it kills whoever reads it. The others wait as if
+    they had not been claimed.
     """
     for lease in ended_leases(db, set_id, now):
+        if not lease.is_first:
+            db.execute("DELETE FROM leases WHERE slide = ?", (lease.slide,))
+            db.execute(
+                "UPDATE slides SET attempts = attempts - 1, updated_at = ?, status = "
+                "CASE WHEN failures > 0 THEN 'failed' ELSE 'pending' END WHERE id = ?",
+                (now, lease.slide),
+            )
+            continue
         status = "quarantined" if lease.deaths >= max_deaths else "pending"
         reason = f"{lease.reason} (time {lease.deaths} of {max_deaths})"
         db.execute("DELETE FROM leases WHERE slide = ?", (lease.slide,))

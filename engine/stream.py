@@ -5,7 +5,7 @@
     (`engine.decode`)        slides (`batches`)        to the slides
 
 Every arrow is bounded, so whoever is slow slows down all before it: the decoder by its slabs of
-shared memory, batches by their memory, and finished slides by `StreamOptions.finished_ahead`.
+shared memory, batches by their memory, and slides altogether by `StreamOptions.most_slides`.
 """
 
 from __future__ import annotations
@@ -55,18 +55,29 @@ class StreamOptions:
         decode: How slides are tiled and decoded.
         batch_tiles: Tiles of a batch, a multiple of the encoder's batch size; None takes at least
             32 of them.
-        finished_ahead: Finished slides that may wait for the caller before the stream waits.
+        finished_ahead: Slides that may wait for the encoder or the caller, beside those being
+            decoded, before the stream waits.
     """
 
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     batch_tiles: int | None = None
-    finished_ahead: int = 8
+    finished_ahead: int = 4
 
     def __post_init__(self) -> None:
         for name in ("batch_tiles", "finished_ahead"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}; or leave it out")
+
+    @property
+    def slides_ahead(self) -> int:
+        """Slides that the decoder is given at a time."""
+        return (self.decode.lookahead or self.decode.most_workers + 2) + 1
+
+    @property
+    def most_slides(self) -> int:
+        """Slides taken and not handed over that there may be at a time: 9 with 2 workers."""
+        return self.slides_ahead + self.finished_ahead
 
 
 class SlideSource(Protocol):
@@ -107,8 +118,7 @@ class SlideStream(Iterator[EncodedSlide]):
     """Encoded slides in the order they are finished; an iterator and a context manager.
 
     Memory, beside encoder and children: the decoder's shared memory (`DecodeOptions.shared_bytes`),
-    three batches of `batch_tiles` tiles, and the features of slides in progress and waiting, at
-    most decoder's lookahead + 1 + `finished_ahead` of them.
+    three batches of `batch_tiles` tiles, and the features of `StreamOptions.most_slides` slides.
 
     Leaving the block, `close`, or an exception ends threads and processes and drops what is not
     finished.
@@ -150,8 +160,7 @@ class SlideStream(Iterator[EncodedSlide]):
         )
         self._asked: dict[str, SlideRequest] = {}
         self._open: dict[str, OpenSlide] = {}
-        decode = options.decode
-        self._ahead = (decode.lookahead or decode.most_workers + 2) + 1
+        self._taken = self._handed_over = 0
         tile_px = options.decode.tiles.tile_px
         self._batches: BatchBuilder[OpenSlide] = BatchBuilder(
             self.batch_tiles, tile_px, _IN_FLIGHT + 1, self._stop
@@ -167,6 +176,7 @@ class SlideStream(Iterator[EncodedSlide]):
             raise StopIteration
         found = self._finished.get()
         if isinstance(found, EncodedSlide):
+            self._handed_over += 1
             return found
         self.close()
         if isinstance(found, BaseException):
@@ -204,9 +214,6 @@ class SlideStream(Iterator[EncodedSlide]):
 
     def _turn(self) -> bool:
         """Do one thing; return False when all is done."""
-        if self._finished.qsize() > self._options.finished_ahead:
-            self._stop.wait(_STARVED_S)  # the caller is behind
-            return True
         self._take_slides()
         if not self._decoder.in_progress:
             self._submit(self._batches.flush())
@@ -240,12 +247,17 @@ class SlideStream(Iterator[EncodedSlide]):
         return True
 
     def _take_slides(self) -> None:
-        while self._decoder.in_progress < self._ahead:
+        # Of both counters one thread writes and others read.
+        while (
+            self._decoder.in_progress < self._options.slides_ahead
+            and self._taken - self._handed_over < self._options.most_slides
+        ):
             request = self._source.take()
             if request is None:
                 return
             self._decoder.submit(request)
             self._asked[request.key] = request
+            self._taken += 1
 
     def _add(self, block: TileBlock) -> None:
         """Copy a block into batches, and give its memory back."""

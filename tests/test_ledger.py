@@ -214,6 +214,7 @@ from modaltune.testing_features import SMALL_RECIPE
 items = [SlideItem(Path(p), Path(p).stem, "case" + Path(p).stem[1:]) for p in sys.argv[2:]]
 ledger = Ledger.open(sys.argv[1], SMALL_RECIPE, items, features="features_small")
 lease = ledger.claim()
+others = [ledger.claim() for _ in range({others})]
 left = lease.features.parent
 left.mkdir(exist_ok=True)
 (left / f".{lease.item.slide_id}.0123456789abcdef.modaltune-tmp.h5").write_bytes(b"half")
@@ -221,9 +222,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def kill_one(out: Path, items: list[SlideItem]) -> None:
-    """Claim a slide in a process that is killed while it writes."""
-    words = [sys.executable, "-c", KILLED, str(out), *(str(item.path) for item in items)]
+def kill_one(out: Path, items: list[SlideItem], claims: int = 1) -> None:
+    """Claim slides in a process that is killed while it writes the first."""
+    program = KILLED.replace("{others}", str(claims - 1))
+    words = [sys.executable, "-c", program, str(out), *(str(item.path) for item in items)]
     assert subprocess.run(words, check=False).returncode == -9
 
 
@@ -239,6 +241,15 @@ def test_a_killed_processs_slide_is_taken_at_once_and_comes_last(tmp_path: Path)
         assert "died at it (time 1 of 10)" in row.reason
         order = [(claimed(ledger).item.slide_id) for _ in items]
         assert order == ["s1", "s0", "s2"]
+
+
+def test_a_process_dies_at_the_oldest_of_its_slides(tmp_path: Path) -> None:
+    """A stream holds several; only one death is counted, the others were hardly begun."""
+    items, out = cohort(tmp_path / "slides"), tmp_path / "out"
+    kill_one(out, items, claims=3)
+    with opened(out, items) as ledger:
+        rows = {row.slide_id: (row.status, row.attempts) for row in ledger.rows()}
+        assert rows == {"s2": ("pending", 1), "s1": ("pending", 0), "s0": ("pending", 0)}
 
 
 def test_a_slide_that_kills_is_quarantined(tmp_path: Path) -> None:
