@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.decode import DecodeOptions, SlideRequest, TileOptions
+from modaltune.engine.decode import DecodeOptions, TileOptions
 from modaltune.engine.encoded_slide import EncodedSlide
 from modaltune.engine.errors import DiskFullError, InputError, SlideError
 from modaltune.engine.ledger import Lease, Ledger, SlideRow
-from modaltune.engine.ledger_work import settles
+from modaltune.engine.ledger_work import Claims, settles
 from modaltune.engine.own_features import FileFacts
 from modaltune.engine.profile import Observer, StreamClock
 from modaltune.engine.readers import MIN_MPP
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from modaltune.engine.encoders.runtime import TileEncoder
 
 MAX_TILE_MPP, MAX_TILE_PX = 100.0, 8192  # beyond, an option was mistyped
-_POLL_S = 0.25
 
 Status = Literal["done", "empty", "kept", "failed", "quarantined"]
 STATUSES = get_args(Status)
@@ -241,7 +240,7 @@ def embed_slides(
     with opened as ledger, ledger.beating():
         run = _Run(ledger, out, on_slide)
         run.tell(FINISHED)
-        source = _Claims(ledger, out / "overlays" if options.overlays else None)
+        source = Claims(ledger, out / "overlays" if options.overlays else None)
         stream_options = options.stream_options()
         with SlideStream(
             source, encoder, stream_options, on_tiles=on_tiles, observe=observe
@@ -257,40 +256,6 @@ def embed_slides(
     return EmbedReport(
         outcomes, clock.split(), clock.elapsed_s, encoder.name, recipe, clock.encoder_busy
     )
-
-
-class _Claims:
-    """Slides that the ledger gives this process, for the stream to take.
-
-    Attributes:
-        held: Leases by slide, until the stream's caller settles them.
-        since: When each was claimed.
-    """
-
-    def __init__(self, ledger: Ledger, overlays: Path | None) -> None:
-        self.held: dict[str, Lease] = {}
-        self.since: dict[str, float] = {}
-        self._ledger, self._overlays = ledger, overlays
-        self._looked = float("-inf")
-
-    def take(self) -> SlideRequest | None:
-        """Claim a slide; after none was left, look again only after a while."""
-        if time.monotonic() - self._looked < _POLL_S:
-            return None
-        lease = self._ledger.claim()
-        if lease is None:
-            self._looked = time.monotonic()
-            return None
-        item = lease.item
-        self.held[item.slide_id], self.since[item.slide_id] = lease, time.monotonic()
-        overlay = self._overlays and self._overlays / f"{item.slide_id}.png"
-        return SlideRequest(item.slide_id, item.path, base_mpp=item.base_mpp, overlay=overlay)
-
-    def is_ended(self) -> bool:
-        """Whether no slide of the run waits or is in work, here or elsewhere."""
-        if self._ledger.has_leases or time.monotonic() - self._looked > _POLL_S:
-            return False
-        return not self._ledger.unsettled()
 
 
 class _Run:

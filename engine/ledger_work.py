@@ -1,7 +1,7 @@
 """How a stream of slides works by the ledger: what is next, and what an exception means.
 
-A stream needs two things: `leases` to take slides until all of the run's are finished by somebody,
-and `settles` around the work on each. `Ledger.rows` is then what became of all of them.
+A stream needs two things: `Claims` to take slides from, and `settles` around what is done with each
+that comes out. `Ledger.rows` is then what became of all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from modaltune.engine.decode_jobs import SlideRequest
 from modaltune.engine.errors import DiskFullError, InputError, LeaseLostError, LedgerError
 from modaltune.engine.ledger import Lease, Ledger
 from modaltune.engine.ledger_report import SlideRow
@@ -20,37 +22,41 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 
 
-def leases(ledger: Ledger, *, poll_s: float = _POLL_S) -> Iterator[Lease | None]:
-    """Yield slides to work on until none of the run's is waiting or in work anywhere.
+class Claims:
+    """Slides that the ledger gives this process: a stream's source.
 
-    Slides that other processes hold are waited for: one of them may fail, or die, and its slide is
-    then done here.
+    It ends when none of the run's slides waits or is in work anywhere: those that other processes
+    hold are waited for, since one of them may fail, or die, and its slide is then done here.
 
-    Args:
-        ledger: The open ledger.
-        poll_s: Seconds between two looks while only others are at work.
-
-    Yields:
-        A lease; or None where nothing waits but slides of this very process are in work, which may
-        fail and wait again: settle one before asking for more. A stream that does one slide at a
-        time never sees None.
+    Attributes:
+        held: Leases by slide, until the stream's caller settles them.
+        since: When each was claimed.
     """
-    told = False
-    while True:
-        lease = ledger.claim()
-        if lease is not None:
-            yield lease
-            continue
-        if ledger.has_leases:
-            yield None
-            continue
-        others = ledger.unsettled()
-        if not others:
-            return
-        if not told:
-            logger.info("waiting for %d slides that other processes work on", len(others))
-            told = True
-        time.sleep(poll_s)
+
+    def __init__(self, ledger: Ledger, overlays: Path | None, *, poll_s: float = _POLL_S) -> None:
+        self.held: dict[str, Lease] = {}
+        self.since: dict[str, float] = {}
+        self._ledger, self._overlays = ledger, overlays
+        self._looked, self._poll_s = float("-inf"), poll_s
+
+    def take(self) -> SlideRequest | None:
+        """Claim a slide; after none was left, look again only after a while."""
+        if time.monotonic() - self._looked < self._poll_s:
+            return None
+        lease = self._ledger.claim()
+        if lease is None:
+            self._looked = time.monotonic()
+            return None
+        item = lease.item
+        self.held[item.slide_id], self.since[item.slide_id] = lease, time.monotonic()
+        overlay = self._overlays and self._overlays / f"{item.slide_id}.png"
+        return SlideRequest(item.slide_id, item.path, base_mpp=item.base_mpp, overlay=overlay)
+
+    def is_ended(self) -> bool:
+        """Whether no slide of the run waits or is in work, here or elsewhere."""
+        if self._ledger.has_leases:
+            return False
+        return not self._ledger.unsettled()
 
 
 @contextlib.contextmanager

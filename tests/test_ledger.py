@@ -14,7 +14,7 @@ from modaltune.engine.cohort import SlideItem
 from modaltune.engine.errors import InputError, LeaseLostError, LedgerError
 from modaltune.engine.ledger import Lease, LeaseTerms, Ledger
 from modaltune.engine.ledger_leases import Worker
-from modaltune.engine.ledger_work import leases, settles
+from modaltune.engine.ledger_work import Claims, settles
 from modaltune.engine.own_features import own_header
 from modaltune.testing_features import SMALL_RECIPE, small_features
 
@@ -51,8 +51,7 @@ def test_heavy_slides_come_first_and_each_is_done_once(tmp_path: Path) -> None:
     items = cohort(tmp_path / "slides")
     with opened(tmp_path / "out", items) as ledger:
         order = []
-        for lease in leases(ledger):
-            assert lease is not None
+        for lease in iter(ledger.claim, None):
             order.append(lease.item.slide_id)
             assert lease.features == tmp_path / "out" / FEATURES / f"{lease.item.slide_id}.h5"
             finish(ledger, lease, tiles=0 if lease.item.slide_id == "s1" else 2)
@@ -89,8 +88,7 @@ def test_a_failure_waits_for_the_others_and_is_quarantined_after_three(tmp_path:
     items = cohort(tmp_path / "slides")
     order, seen = [], []
     with opened(tmp_path / "out", items) as ledger:
-        for lease in leases(ledger):
-            assert lease is not None
+        for lease in iter(ledger.claim, None):
             order.append((lease.item.slide_id, lease.attempt))
             with settles(ledger, lease, seen.append):
                 if lease.item.slide_id == "s2":
@@ -146,17 +144,27 @@ def test_two_workers_never_hold_one_slide(tmp_path: Path) -> None:
         assert claimed(two).item.slide_id == third.item.slide_id
 
 
-def test_none_is_yielded_while_only_own_slides_are_in_work(tmp_path: Path) -> None:
+def test_a_stream_waits_while_slides_are_in_work_anywhere(tmp_path: Path) -> None:
+    """What this process holds may fail and wait again; what others hold, too."""
     items = cohort(tmp_path / "slides", 2)
-    with opened(tmp_path / "out", items) as ledger:
-        stream = leases(ledger)
-        in_flight = [next(stream), next(stream)]
-        assert next(stream) is None
-        assert in_flight[0] is not None
-        ledger.commit_failed(in_flight[0], "once more")
-        again = next(stream)
+    with opened(tmp_path / "out", items) as ledger, opened(tmp_path / "out", items) as other:
+        theirs = claimed(other)
+        claims = Claims(ledger, tmp_path / "overlays", poll_s=0.0)
+        first = claims.take()
+        assert first is not None
+        assert first.overlay == tmp_path / "overlays" / f"{first.key}.png"
+        assert claims.take() is None
+        assert not claims.is_ended()
+        ledger.commit_failed(claims.held[first.key], "once more")
+        again = claims.take()
         assert again is not None
-        assert again.item is in_flight[0].item
+        assert again.key == first.key
+        finish(ledger, claims.held[again.key])
+        assert claims.take() is None
+        assert not claims.is_ended()
+        finish(other, theirs)
+        assert claims.take() is None
+        assert claims.is_ended()
 
 
 def test_a_silent_lease_is_taken_over_and_its_owner_cannot_commit(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from modaltune.benchmarks.ledger import linked_cohort
 from modaltune.engine.cohort import SlideItem
 from modaltune.engine.errors import RecipeChangedError
 from modaltune.engine.ledger import Ledger
-from modaltune.engine.ledger_work import leases
 from modaltune.engine.store import is_complete, open_features
 from modaltune.testing_features import SMALL_RECIPE, small_features
 
@@ -44,8 +43,7 @@ def run(out: Path, items: list[SlideItem], recipe=SMALL_RECIPE, **options: objec
     """Make all that is waiting; return the ids of what was made."""
     made = []
     with opened(out, items, recipe, **options) as ledger:
-        for lease in leases(ledger):
-            assert lease is not None
+        for lease in iter(ledger.claim, None):
             small_features(lease.features, lease.item, recipe)
             ledger.commit_done(lease)
             made.append(lease.item.slide_id)
