@@ -61,18 +61,25 @@ class TorchTransfers:
         self.device = device
         self._compute = torch.cuda.Stream(device)
         self._upload = torch.cuda.Stream(device)
-        self._pool = pinned_pool(device)
+        self._pinned = pinned_pool(device)
 
     def pinned_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a page-locked buffer: of PyCUDA's pool, or of torch's allocator."""
-        if self._pool is None:
+        if self._pinned is None:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        kind = np.dtype(str(dtype).removeprefix("torch."))
-        return torch.from_numpy(self._pool.allocate(shape, kind))
+        pool, _ = self._pinned
+        return torch.from_numpy(pool.allocate(shape, np.dtype(str(dtype).removeprefix("torch."))))
 
     def device_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a contiguous buffer on the device."""
-        return torch.zeros(shape, dtype=dtype, device=self.device)
+        """Return a contiguous buffer on the device, cleared, that both streams may use at once.
+
+        Memory that torch hands out again may still be in use by work queued on its stream, which
+        the upload stream would not wait for.
+        """
+        with torch.cuda.stream(self._compute):
+            made = torch.zeros(shape, dtype=dtype, device=self.device)
+        self._compute.synchronize()
+        return made
 
     def stream_handle(self) -> int:
         """Return the handle of torch's current stream where it is set, else the compute stream."""
@@ -116,8 +123,11 @@ class TorchTransfers:
         self._compute.synchronize()
 
 
-def pinned_pool(device: torch.device) -> Any:
-    """Return PyCUDA's pool of page-locked memory on torch's context, or None without PyCUDA."""
+def pinned_pool(device: torch.device) -> tuple[Any, Any] | None:
+    """Return PyCUDA's pool of page-locked memory and its context, or None without PyCUDA.
+
+    The context is the primary one, which torch uses; it has to live as long as the pool.
+    """
     if importlib.util.find_spec("pycuda") is None:
         return None
     try:
@@ -132,7 +142,7 @@ def pinned_pool(device: torch.device) -> Any:
     context = cuda.Device(index).retain_primary_context()
     context.push()
     try:
-        return PageLockedMemoryPool()
+        return PageLockedMemoryPool(), context
     finally:
         # torch made the same context current: the stack is left as it was found.
         cuda.Context.pop()
