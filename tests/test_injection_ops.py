@@ -80,6 +80,14 @@ def test_compiles_as_one_graph_with_its_gradients() -> None:
         torch.testing.assert_close(got[name], want[name], msg=name)
 
 
+def test_compiled_calls_look_at_offsets() -> None:
+    how = {"num_heads": 2, "offsets": torch.tensor([0, 5, 9])}  # the tenth row belongs to no case
+    torch.compiler.reset()
+    compiled = torch.compile(inject, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the number of rows 10"):
+        compiled(**make_inputs([5, 5]), **how)
+
+
 def test_saves_nothing_but_its_inputs() -> None:
     inputs = {n: t.requires_grad_() for n, t in make_inputs([40], dtype=torch.float32).items()}
     saved: list[Tensor] = []

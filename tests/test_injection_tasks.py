@@ -156,6 +156,9 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     compiled = torch.compile(inject_tasks, fullgraph=True, backend="aot_eager")
     how = options(key_mask=masks(6), impl="cpu")
     assert torch.equal(compiled(**inputs, **how), inject_tasks(**inputs, **how))
+    how["offsets"] = torch.clamp_max(pack_offsets(LENGTHS), sum(LENGTHS) - 1)
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the number of rows"):
+        compiled(**inputs, **how)
 
 
 def test_autocast_runs_in_its_dtype() -> None:
