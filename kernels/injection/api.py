@@ -10,6 +10,7 @@ from modaltune.kernels._checks import (
     check_offsets,
     check_shape,
     is_autocast_on,
+    operator_dtype,
     require,
 )
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
@@ -78,9 +79,7 @@ def _check_tensors(x: Tensor, shaped: dict[str, tuple[Tensor, tuple[int, ...]]])
 
 def _choose(op: str, impl: str, x: Tensor, keys: Tensor, num_heads: int) -> str:
     """Return the implementation to run, with the reason where the kernels can't be it."""
-    mixed = is_autocast_on(x.device)
-    dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-    beyond = ops.beyond_triton(dtype, keys.shape[2], num_heads, keys.shape[1])
+    beyond = ops.beyond_triton(operator_dtype(x), keys.shape[2], num_heads, keys.shape[1])
     if impl == "triton" and beyond:
         raise OutOfReachError(f"{op}: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
