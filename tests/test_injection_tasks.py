@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modaltune.kernels import inject, inject_tasks
+from modaltune.kernels import OutOfReachError, inject, inject_tasks
 from modaltune.kernels.injection import cpu
 from modaltune.testing import (
     allowed_error,
@@ -130,6 +130,13 @@ def test_without_common_tokens_or_tasks(impl: str) -> None:
     want = separately(alone, None, impl="reference", **options())
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
     assert inject_tasks(**make_inputs(tasks=0), impl=impl, **options()).shape == (0, 63, 20)
+
+
+def test_the_own_token_counts_among_those_on_chip() -> None:
+    """So that `auto` on a GPU takes the reference for 128 common tokens, and does not fail."""
+    inputs = make_inputs(dtype=torch.float32, tokens=128)
+    with pytest.raises(OutOfReachError, match=r"inject_tasks: .* at most 128 keys .* got 129"):
+        inject_tasks(**inputs, **options(impl="triton"))
 
 
 def test_hidden_tokens_and_prefix_rows_are_never_read() -> None:
