@@ -24,6 +24,12 @@ def is_autocast_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
+def operator_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype an operator gets a floating tensor in; autocast leaves float64 alone."""
+    is_cast = is_autocast_on(tensor.device) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(tensor.device.type) if is_cast else tensor.dtype
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is floating point."""
     if not tensor.is_floating_point():

@@ -156,7 +156,7 @@ def _cache_path(spec: CompileSpec) -> Path:
 
     key = json.dumps([asdict(spec), triton.__version__], sort_keys=True, default=str).encode()
     digest = hashlib.sha256(key + _sources(spec.op)).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "modaltune" / "resources" / f"{digest}.json"
 
 

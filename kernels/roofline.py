@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -90,15 +91,16 @@ _MEASURED = (
     *DEVICES.values(),
     _device("H200", 90, (989.4, 494.7), 4.8, 60, 132, 1.83, "NVIDIA H200 SXM data sheet (2023)"),
 )
-# Boards that share a chip's name, but not its peaks.
-_OTHER_BOARDS = ("PCIe", "NVL", "40GB", "RTX 4090 D", "Laptop")
+# Boards, and parts of one, that share a chip's name, but not its peaks.
+_OTHER_BOARDS = ("PCIe", "NVL", "40GB", "RTX 4090 D", "Laptop", "MIG")
 
 
 def known_device(name: str) -> Device | None:
     """Return the published peaks of a GPU by the name that its driver gives, None if not known."""
     if any(other in name for other in _OTHER_BOARDS):
         return None
-    return next((device for device in _MEASURED if device.name in name), None)
+    # Whole words: a GH200 is no H200, a GB200 no B200.
+    return next((d for d in _MEASURED if re.search(rf"\b{d.name}\b", name)), None)
 
 
 # Kernel launches of one call, forward and backward, on the Triton path in half precision: our

@@ -77,9 +77,20 @@ def test_powers_of_two_over_the_whole_range(score: float) -> None:
     k, v = np.ones_like(q), np.full_like(q, 3.0)
     acc, total = np.zeros_like(q), np.zeros((1, 1), np.float32)
     loops.attend_pieces(q, k, v, acc, total, np.array([[0, 1, 1, 1, 0, 0, 1, 0]]), np.float32(1))
-    # The seven zeros behind the only key weigh 1 each and are taken off again, with their rounding.
-    assert abs(total[0, 0] - 2.0**score) <= 2.0**-20 * max(2.0**score, 1.0)
+    np.testing.assert_allclose(total[0, 0], 2.0**score, rtol=3e-7)
     np.testing.assert_allclose(acc[0, 0], 3 * 2.0**score, rtol=3e-7)
+
+
+@pytest.mark.parametrize("length", [9, 13, 71, 128])
+def test_keys_that_all_weigh_little(length: int) -> None:
+    """Zeros behind the last keys, of weight 1 each, would drown keys that weigh 2^-43."""
+    q, k, v = (normal(i, length, 1, 16, dtype=torch.float32) for i in range(3))
+    q, k = 0.01 * q - 2.0, 0.01 * k + 3.75  # q . k / 4 is about -30
+    how = {"segment_lengths": (length,), "dilation_ratios": (1,)}
+    want = dilated_attention(q.double(), k.double(), v.double(), impl="reference", **how)
+    lost = (dilated_attention(q, k, v, impl="reference", **how) - want).abs().max()
+    got = dilated_attention(q, k, v, impl="cpu", **how)
+    assert (got - want).abs().max() <= 2 * lost + 2.0**-23 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

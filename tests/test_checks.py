@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modaltune.kernels._checks import check_float, check_offsets, check_shape, require
+from modaltune.kernels._checks import (
+    check_float,
+    check_offsets,
+    check_shape,
+    operator_dtype,
+    require,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +36,16 @@ def test_floats_pass(dtype: torch.dtype) -> None:
 def test_other_types_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"^x must be a floating point tensor, got {dtype}$"):
         check_float("x", torch.zeros(1, dtype=dtype))
+
+
+def test_the_dtype_that_an_operator_gets() -> None:
+    """Autocast leaves float64 alone, and says nothing of other devices."""
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert operator_dtype(single) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert operator_dtype(single) == torch.bfloat16
+        assert operator_dtype(double) == torch.float64
+        assert operator_dtype(single.to("meta")) == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (None, 3), (2, None), (None, None)])

@@ -212,3 +212,9 @@ def test_a_small_cache_reads_x_again_for_every_group() -> None:
     large, small = (extraction_cost(10000, 65, l2_bytes=n) for n in (50 * 2**20, 2**20))
     assert small.moved_bytes - large.moved_bytes >= 2 * 10000 * 768 * 2
     assert extraction_cost(10000, 65, backward=True).flops > 2.5 * large.flops
+
+
+def test_traces_on_the_meta_device() -> None:
+    inputs = {name: t.to("meta") for name, t in make_inputs().items()}
+    how = {"num_heads": 2, "offsets": pack_offsets(LENGTHS)}
+    assert extract(**inputs, **how).device.type == "meta"

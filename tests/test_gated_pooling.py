@@ -247,6 +247,13 @@ def test_compiles_as_one_graph(backend: str) -> None:
         torch.testing.assert_close(got[name], want[name], msg=name)
 
 
+def test_compiled_calls_look_at_offsets() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(pooled_of, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the number of rows 9"):
+        compiled(**make_inputs(9), offsets=torch.tensor([0, 4, 8]))
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_autocast_casts_inputs_and_returns_gradients_in_their_dtype(impl: str) -> None:
     inputs = make_inputs(30, dtype=torch.float32)

@@ -130,3 +130,9 @@ def test_triton_says_why_it_can_not_run() -> None:
         pathway_mlp(**wide, **how)
     with pytest.raises(RuntimeError, match="needs CUDA tensors, or TRITON_INTERPRET=1"):
         pathway_mlp(**make_inputs((1, 2), dtype=torch.float32), **how)
+
+
+def test_traces_on_the_meta_device() -> None:
+    inputs = {name: t.to("meta") for name, t in make_inputs((3, 5, 2)).items()}
+    offsets = pack_offsets((3, 5, 2))
+    assert pathway_mlp(**inputs, offsets=offsets).shape == (3, 3, 4)

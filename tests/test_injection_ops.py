@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modaltune.kernels import inject
+from modaltune.kernels import OutOfReachError, inject
 from modaltune.kernels.injection.cost import injection_cost, injection_cost_backward
 from modaltune.testing import normal, pack_offsets, run_with_gradients
 
@@ -78,6 +78,14 @@ def test_compiles_as_one_graph_with_its_gradients() -> None:
     got = run_with_gradients(compiled, inputs, **how)
     for name in want:
         torch.testing.assert_close(got[name], want[name], msg=name)
+
+
+def test_compiled_calls_look_at_offsets() -> None:
+    how = {"num_heads": 2, "offsets": torch.tensor([0, 5, 9])}  # the tenth row belongs to no case
+    torch.compiler.reset()
+    compiled = torch.compile(inject, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the number of rows 10"):
+        compiled(**make_inputs([5, 5]), **how)
 
 
 def test_saves_nothing_but_its_inputs() -> None:
@@ -164,6 +172,12 @@ def test_what_triton_does_not_cover(
     with pytest.raises(RuntimeError, match=message):
         inject(**inputs, num_heads=heads, impl="triton")
     assert inject(**inputs, num_heads=heads).isfinite().all()
+
+
+def test_triton_is_not_asked_for_float64_under_autocast() -> None:
+    """Autocast leaves float64 as it is, which the kernels do not take."""
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(OutOfReachError, match="float64"):
+        inject(**make_inputs([3, 2]), num_heads=2, offsets=pack_offsets([3, 2]), impl="triton")
 
 
 def test_mixed_dtypes_are_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modaltune.kernels import inject, inject_tasks
+from modaltune.kernels import OutOfReachError, inject, inject_tasks
 from modaltune.kernels.injection import cpu
 from modaltune.testing import (
     allowed_error,
@@ -132,6 +132,13 @@ def test_without_common_tokens_or_tasks(impl: str) -> None:
     assert inject_tasks(**make_inputs(tasks=0), impl=impl, **options()).shape == (0, 63, 20)
 
 
+def test_the_own_token_counts_among_those_on_chip() -> None:
+    """So that `auto` on a GPU takes the reference for 128 common tokens, and does not fail."""
+    inputs = make_inputs(dtype=torch.float32, tokens=128)
+    with pytest.raises(OutOfReachError, match=r"inject_tasks: .* at most 128 keys .* got 129"):
+        inject_tasks(**inputs, **options(impl="triton"))
+
+
 def test_hidden_tokens_and_prefix_rows_are_never_read() -> None:
     inputs = make_inputs()
     want = inject_tasks(**inputs, key_mask=masks(6), impl="cpu", **options())
@@ -156,6 +163,9 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     compiled = torch.compile(inject_tasks, fullgraph=True, backend="aot_eager")
     how = options(key_mask=masks(6), impl="cpu")
     assert torch.equal(compiled(**inputs, **how), inject_tasks(**inputs, **how))
+    how["offsets"] = torch.clamp_max(pack_offsets(LENGTHS), sum(LENGTHS) - 1)
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the number of rows"):
+        compiled(**inputs, **how)
 
 
 def test_autocast_runs_in_its_dtype() -> None:

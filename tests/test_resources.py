@@ -158,3 +158,11 @@ def test_a_kernel_compiles_here_and_is_cached(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "modaltune" / "resources").iterdir()
     kept.write_text(kept.read_text().replace('"spilled_bytes": 0', '"spilled_bytes": 77'))
     assert compiled()["spilled_bytes"] == 77  # taken from the cache
+
+
+def test_an_empty_cache_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else results would lie in the folder that the command was called from."""
+    spec = resources.all_specs(["position_embed"])[0]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert resources._cache_path(spec).is_relative_to(tmp_path / ".cache")

@@ -22,6 +22,7 @@ from modaltune.kernels.roofline import (
     MOVED_BARS,
     OpCost,
     costed_ops,
+    known_device,
     on_device,
     op_cost,
     published,
@@ -30,6 +31,27 @@ from modaltune.kernels.roofline import (
 # Ops with GPU kernels.
 OPS = sorted(path.parent.name for path in roofline.ROOT.glob("*/triton_kernels.py"))
 H100 = DEVICES["H100"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_are_only_given_for_the_board_itself(driver: str, name: str | None) -> None:
+    found = known_device(driver)
+    assert (found and found.name) == name
 
 
 @pytest.mark.parametrize(

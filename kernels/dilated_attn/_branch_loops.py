@@ -90,10 +90,10 @@ def _add_scores(keys, queries, scores, blocks):
 
 
 @compiled(reordered=False)
-def _exponentiate(scores, total, blocks):
-    """Set scores to 2^scores, within two units in the last place, and add them to total."""
+def _exponentiate(scores, total, keys, blocks):
+    """Set scores of the first keys to 2^scores, to two units in the last place; add to total."""
     lanes = _LANES * len(blocks)
-    for j in range(KEYS):
+    for j in range(keys):
         row = scores[j]
         for i in range(lanes):
             score = row[i]
@@ -143,7 +143,7 @@ def _last_keys(rows):
 def _attend(q, k, v, acc, total, pads, scale, blocks):
     """Add the attention of one segment and head, `[places, d]`; blocks: a tuple as long as lanes.
 
-    pads: zero keys, whose weight is 1. The zeros behind the last keys are taken off again.
+    pads: zero keys, whose weight is 1. The zeros behind the last keys have none.
     """
     places, dim = q.shape
     lanes = _LANES * len(blocks)
@@ -151,7 +151,6 @@ def _attend(q, k, v, acc, total, pads, scale, blocks):
     scores, weight = np.empty((KEYS, lanes), q.dtype), np.empty(lanes, q.dtype)
     whole = places // KEYS * KEYS
     last_keys, last_values = _last_keys(k), _last_keys(v)
-    too_many = KEYS - (places - whole) if whole < places else 0
     for first in range(0, places, lanes):
         count = min(lanes, places - first)
         queries[:] = _ZERO
@@ -159,14 +158,14 @@ def _attend(q, k, v, acc, total, pads, scale, blocks):
             for c in range(dim):
                 queries[c, i] = q[first + i, c] * scale
         out[:] = _ZERO
-        weight[:] = np.float32(pads - too_many)
+        weight[:] = np.float32(pads)
         for j in range(0, whole, KEYS):
             _add_scores(k[j : j + KEYS], queries, scores, blocks)
-            _exponentiate(scores, weight, blocks)
+            _exponentiate(scores, weight, KEYS, blocks)
             _add_values(v[j : j + KEYS], scores, out, blocks)
         if whole < places:
             _add_scores(last_keys, queries, scores, blocks)
-            _exponentiate(scores, weight, blocks)
+            _exponentiate(scores, weight, places - whole, blocks)
             _add_values(last_values, scores, out, blocks)
         for i in range(count):
             total[first + i] += weight[i]

@@ -13,6 +13,7 @@ from modaltune.kernels._checks import (
     check_offsets,
     check_shape,
     is_autocast_on,
+    operator_dtype,
     require,
 )
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
@@ -27,11 +28,8 @@ def _choose(
     q: Tensor, offsets: Tensor, segments: tuple[int, ...], ratios: tuple[int, ...], impl: str
 ) -> str:
     """Return the implementation to run, with the reason where the one asked for can't be it."""
-    op, device = "dilated_attention", q.device.type
-    # Asking about other devices, such as meta, raises.
-    is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if is_cast else q.dtype
-    beyond = ops.beyond_triton(dtype, q.shape[2])
+    op = "dilated_attention"
+    beyond = ops.beyond_triton(operator_dtype(q), q.shape[2])
     if impl == "triton" and beyond:
         raise OutOfReachError(f"{op}: impl='triton' can't run: {beyond}; use impl='auto'")
     kernels = ("cpu",) if beyond else ("triton", "cpu")

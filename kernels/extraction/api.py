@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import (
@@ -10,6 +9,7 @@ from modaltune.kernels._checks import (
     check_offsets,
     check_shape,
     is_autocast_on,
+    operator_dtype,
     require,
 )
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
@@ -19,10 +19,7 @@ from modaltune.kernels.extraction.reference import extract_reference
 
 def _choose(impl: str, queries: Tensor, x: Tensor, num_heads: int) -> str:
     """Return the implementation to run, with the reason where the kernels can't be it."""
-    device = x.device.type
-    mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
-    beyond = ops.beyond_triton(dtype, queries.shape[1], queries.shape[2] // num_heads)
+    beyond = ops.beyond_triton(operator_dtype(x), queries.shape[1], queries.shape[2] // num_heads)
     if impl == "triton" and beyond:
         raise OutOfReachError(f"extract: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
@@ -69,7 +66,8 @@ def extract(
         `[B, G, E]` attended values, before the output projection; zero for a case without tiles.
 
     Raises:
-        ValueError: Shapes contradict each other.
+        TypeError: x is not floating point.
+        ValueError: Shapes, dtypes, devices or offsets contradict each other.
         RuntimeError: The implementation asked for can't run here.
 
     Source: ModalTune (Ramanathan et al., 2025), extractor of the Modal Adapter.

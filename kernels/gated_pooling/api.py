@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from modaltune.kernels._checks import (
@@ -10,6 +9,7 @@ from modaltune.kernels._checks import (
     check_offsets,
     check_shape,
     is_autocast_on,
+    operator_dtype,
     require,
 )
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
@@ -91,8 +91,7 @@ def gated_pool(
             f"got {tensor.dtype}, {tensor.device}; cast it, or run under torch.autocast",
         )
     bounds = check_offsets(offsets, x.shape[0])
-    dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-    beyond = ops.beyond_triton(dtype, heads)
+    beyond = ops.beyond_triton(operator_dtype(x), heads)
     if impl == "triton" and beyond:
         raise OutOfReachError(f"gated_pool: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modaltune.kernels._checks import check_offsets
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
 from modaltune.kernels.gated_pooling.cpu import gated_pool_cpu_bwd, gated_pool_cpu_fwd
@@ -42,9 +43,11 @@ def _check_device(x: Tensor) -> None:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, impl = arguments
+    x, *weights, offsets = tensors
+    tensors = [x, *weights, check_offsets(offsets, x.shape[0])]  # not looked at when compiled
     if impl == "cpu":
         return gated_pool_cpu_fwd(*tensors)
-    _check_device(tensors[0])
+    _check_device(x)
     from modaltune.kernels.gated_pooling.triton_kernels import launch_gated_pool_fwd
 
     return launch_gated_pool_fwd(*tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modaltune.kernels._checks import check_float, check_shape, require
+from modaltune.kernels._checks import check_float, check_shape, is_autocast_on, require
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
 from modaltune.kernels.grouped_mlp import ops
 from modaltune.kernels.grouped_mlp.reference import pathway_mlp_reference
@@ -101,8 +101,7 @@ def pathway_mlp(
     Source: pathway encoder of SurvPath and ModalTune; Klambauer et al., "Self-Normalizing Neural
         Networks" (NeurIPS 2017), section 3.
     """
-    device = expression.device.type
-    mixed = torch.is_autocast_enabled(device)
+    mixed = is_autocast_on(expression.device)
     tensors = (expression, gene_index, weight1, bias1, weight2, bias2)
     _check_arguments(*tensors, offsets, mixed)
     require(0.0 <= dropout_p < 1.0, f"dropout_p must lie in [0, 1), got {dropout_p}")
@@ -113,7 +112,7 @@ def pathway_mlp(
     drawn = 0 if seed is None else seed
     require(0 <= drawn <= MAX_SEED, f"seed must lie in 0..{MAX_SEED}, got {seed}")
     # Under autocast the operator casts (see ops).
-    dtype = torch.get_autocast_dtype(device) if mixed else expression.dtype
+    dtype = torch.get_autocast_dtype(expression.device.type) if mixed else expression.dtype
     beyond = ops.why_not_triton(dtype, bias1.shape[1])
     if impl == "triton" and beyond:
         raise OutOfReachError(f"pathway_mlp: impl='triton' {beyond}; use impl='auto'")

@@ -10,6 +10,7 @@ from modaltune.kernels._checks import (
     check_offsets,
     check_shape,
     is_autocast_on,
+    operator_dtype,
     require,
 )
 from modaltune.kernels._dispatch import OutOfReachError, choose_impl
@@ -76,11 +77,9 @@ def _check_tensors(x: Tensor, shaped: dict[str, tuple[Tensor, tuple[int, ...]]])
         )
 
 
-def _choose(op: str, impl: str, x: Tensor, keys: Tensor, num_heads: int) -> str:
+def _choose(op: str, impl: str, x: Tensor, keys: Tensor, num_heads: int, tokens: int) -> str:
     """Return the implementation to run, with the reason where the kernels can't be it."""
-    mixed = is_autocast_on(x.device)
-    dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-    beyond = ops.beyond_triton(dtype, keys.shape[2], num_heads, keys.shape[1])
+    beyond = ops.beyond_triton(operator_dtype(x), keys.shape[2], num_heads, tokens)
     if impl == "triton" and beyond:
         raise OutOfReachError(f"{op}: impl='triton' {beyond}; use impl='auto'")
     available = ("cpu", "reference") if beyond else ("triton", "cpu", "reference")
@@ -150,7 +149,7 @@ def inject(
     """
     weights = (norm_weight, norm_bias, query_weight, query_bias, output_weight, output_bias)
     bounds = _check(x, keys, values, gamma, weights, num_heads, offsets, num_prefix, key_mask)
-    chosen = _choose("inject", impl, x, keys, num_heads)
+    chosen = _choose("inject", impl, x, keys, num_heads, keys.shape[1])
     if chosen != "reference":
         return ops.inject_fwd(
             x, keys, values, gamma, *weights, key_mask, bounds, num_heads, num_prefix, eps, chosen
@@ -241,7 +240,7 @@ def inject_tasks(
     check_shape("task_keys", task_keys, (keys.shape[0], None, keys.shape[2]))
     shape = (keys.shape[0], task_keys.shape[1], keys.shape[2])
     _check_tensors(x, {"task_keys": (task_keys, shape), "task_values": (task_values, shape)})
-    chosen = _choose("inject_tasks", impl, x, keys, num_heads)
+    chosen = _choose("inject_tasks", impl, x, keys, num_heads, keys.shape[1] + 1)
     tensors = (x, keys, values, task_keys, task_values, gamma, *weights)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if chosen == "cpu" and not wanted:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modaltune.kernels._checks import check_offsets
 from modaltune.kernels._interpret import INTERPRET
 from modaltune.kernels._library import autocast, define, differentiable
 from modaltune.kernels.injection.cpu import (
@@ -58,6 +59,7 @@ def _check_device(x: Tensor) -> None:
 
 def _forward(*arguments: Any) -> Tensor:
     *given, impl = arguments
+    given[11] = check_offsets(given[11], given[0].shape[0])  # not looked at before when compiled
     if impl == "cpu":
         return inject_cpu_fwd(*given)
     _check_device(given[0])
@@ -83,6 +85,12 @@ def _backward(*arguments: Any) -> list[Tensor]:
 def _backward_fake(grad: Tensor, *rest: Any) -> list[Tensor]:
     inputs, needs = rest[:_DIFFERENTIABLE], rest[-2]
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+
+
+def _tasks_forward(*arguments: Any) -> Tensor:
+    given = list(arguments)
+    given[13] = check_offsets(given[13], given[0].shape[0])
+    return inject_tasks_cpu(*given)
 
 
 def _tasks_fake(x: Tensor, keys: Tensor, values: Tensor, task_keys: Tensor, *rest: Any) -> Tensor:
@@ -116,7 +124,7 @@ autocast("inject_fwd")
 # Without gradients, on the CPU: `inject_tasks` takes it there alone.
 define(
     f"inject_tasks_fwd({_INPUTS.replace('Tensor gamma', _TASKS + ', Tensor gamma')}) -> Tensor",
-    inject_tasks_cpu,
+    _tasks_forward,
     _tasks_fake,
 )
 autocast("inject_tasks_fwd")
