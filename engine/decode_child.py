@@ -85,6 +85,8 @@ class _OpenSlides:
             )
             # Decoding jobs name the reader that the survey found.
             named = SlideSource(source.path, source.base_mpp, slide.name, slide.device)
+            if named in self._slides:
+                self._slides.pop(named).close()
             self._slides[named] = slide
             source = named
             while len(self._slides) > _OPEN_SLIDES:
@@ -193,7 +195,10 @@ def serve(connection: Connection, shared: SharedTiles, lines: _Lines) -> None:
             result = Refusal(str(error), isinstance(error, DiskFullError))
         except Exception as error:  # a decoder's surprise costs this slide, not the process
             result = Refusal(f"{type(error).__name__}: {error}")
-        connection.send(Reply(result, time.perf_counter() - start, lines.take()))
+        said = lines.take()
+        # Every worker that opens the slide says the same as the one that surveyed it.
+        heard = said if isinstance(job, SurveyJob) else []
+        connection.send(Reply(result, time.perf_counter() - start, heard))
         _drop_noise()
 
 
@@ -211,8 +216,9 @@ def _settle(parent: int, device: str) -> None:
     if os.getppid() != parent:  # it died before the line above
         sys.exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    if hasattr(libc, "mallopt"):  # glibc's
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
     cv2.setNumThreads(1)
     if device == "cpu":
         # cuCIM imports CuPy where it can: 0.15 s and 200 MB that nothing here needs.

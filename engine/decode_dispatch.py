@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -136,6 +137,7 @@ class Dispatcher(threading.Thread):
         self.pids: tuple[int, ...] = ()
         self._shared, self._options = shared, options
         self._calls: deque[Callable[[], None]] = deque()
+        self._wake_lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # The last slab returned is used first: memory that was never needed is never touched.
         self._free = list(range(shared.array.shape[0]))[::-1]
@@ -148,13 +150,12 @@ class Dispatcher(threading.Thread):
 
     def call(self, what: Callable[[], None]) -> None:
         """Have the thread do something at its next turn."""
-        self._calls.append(what)
-        try:
-            os.write(self._wake_write, b"\0")
-        except BlockingIOError:
-            pass  # enough is written already to wake it
-        except OSError:
-            pass  # it has ended: nothing is left to do
+        with self._wake_lock:
+            self._calls.append(what)
+            # The number of a closed descriptor may be another file's by now.
+            if self._wake_write >= 0:
+                with contextlib.suppress(BlockingIOError):  # enough is written to wake it
+                    os.write(self._wake_write, b"\0")
 
     def submit(self, slide: Progress) -> None:
         """Take a slide on; runs in this thread."""
@@ -190,8 +191,10 @@ class Dispatcher(threading.Thread):
             for worker in self._workers:
                 worker.end(0.0 if worker.jobs else _END_PATIENCE_S)
             self.pids = ()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            with self._wake_lock:
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._wake_read = self._wake_write = -1
 
     def _start_worker(self) -> None:
         self._workers.append(Worker(self._shared, self._options.device))

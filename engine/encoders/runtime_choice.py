@@ -91,7 +91,7 @@ def _asked(runtime: str) -> tuple[str, str]:
 def available_runtimes(device: torch.device) -> tuple[str, ...]:
     """Return the runtimes that `auto` measures on a device.
 
-    On a CPU `torch.compile` is left out: it takes half a minute and was slower than ONNX Runtime.
+    On a CPU `torch.compile` is left out: it takes half a minute to compile.
     """
     if device.type == "cpu":
         return "torch", "onnxruntime"
