@@ -11,6 +11,7 @@ import typer
 from modaltune.benchmarks.decode_command import decode as decode_command
 from modaltune.benchmarks.encoders_command import encoders as encoders_command
 from modaltune.benchmarks.model_command import model as model_command
+from modaltune.benchmarks.stream_command import stream as stream_command
 from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
 
 if TYPE_CHECKING:
@@ -185,3 +186,4 @@ def _cases(specs: list[OpSpec], mode: str, tiles: list[int] | None, plan: Plan) 
 bench_app.command("model")(reports_errors(model_command))
 bench_app.command("encoders")(encoders_command)
 bench_app.command("decode")(reports_errors(decode_command))
+bench_app.command("stream")(reports_errors(stream_command))

@@ -176,7 +176,9 @@ def _apply_rule(
     out = np.empty(rgb.shape[:2], dtype=np.uint8)
     if method == "lab":
         ref = _lab(background[0], background[1], background[2], _LINEAR)
-        _in_bands(_lab_rows, rgb, _LINEAR, ref, (100.0 * limit) ** 2, out)
+        dark = _dark_limit(ref[0], 100.0 * limit)
+        known = np.zeros(2**24, dtype=np.uint8)  # memory is taken page by page, where written
+        _in_bands(_lab_rows, rgb, _LINEAR, ref, (100.0 * limit) ** 2, dark, known, out)
     elif method == "lab-mean":
         sums = np.empty(rgb.shape[0], dtype=np.float64)
         _in_bands(_a_sum_rows, rgb, _LINEAR, sums)
@@ -309,16 +311,37 @@ def _lab_rows(
     linear: npt.NDArray[np.float64],
     ref: tuple[float, float, float],
     limit_squared: float,
+    dark: float,
+    known: Uint8,
     out: Uint8,
     start: int,
     stop: int,
 ) -> None:
-    """Rows start..stop of `out` [h, w]: 1 where the squared Lab distance to `ref` > the limit."""
+    """Rows start..stop of `out` [h, w]: 1 where the squared Lab distance to `ref` > the limit.
+
+    Colours with a luminance below `dark` are too far from `ref` by that alone. `known` holds what
+    was found for the others, 0 (not yet), 1 (near) or 2 (far) by colour: glass is few colours.
+    """
     for y in range(start, stop):
         for x in range(rgb.shape[1]):
-            lightness, a, b = _lab(rgb[y, x, 0], rgb[y, x, 1], rgb[y, x, 2], linear)
-            squared = (lightness - ref[0]) ** 2 + (a - ref[1]) ** 2 + (b - ref[2]) ** 2
-            out[y, x] = 1 if squared > limit_squared else 0
+            red, green, blue = rgb[y, x, 0], rgb[y, x, 1], rgb[y, x, 2]
+            luminance = _Y[0] * linear[red] + _Y[1] * linear[green] + _Y[2] * linear[blue]
+            if luminance < dark:
+                out[y, x] = 1
+                continue
+            colour = (np.int64(red) << 16) | (np.int64(green) << 8) | np.int64(blue)
+            if known[colour] == 0:
+                lightness, a, b = _lab(red, green, blue, linear)
+                squared = (lightness - ref[0]) ** 2 + (a - ref[1]) ** 2 + (b - ref[2]) ** 2
+                known[colour] = 2 if squared > limit_squared else 1
+            out[y, x] = known[colour] - 1
+
+
+def _dark_limit(lightness: float, limit: float) -> float:
+    """Return a luminance below which L* alone is further than `limit` from a lightness."""
+    f = (lightness - limit + 16.0) / 116.0
+    ratio = f**3 if f > _DELTA else 3.0 * _DELTA**2 * (f - 4.0 / 29.0)
+    return ratio * _Y_WHITE * (1.0 - 1e-9)  # rounding must not decide
 
 
 @compiled

@@ -195,6 +195,25 @@ def embed(
         Reader | None, typer.Option(help="That one only; else the first that fits.")
     ] = None,
     overlays: Annotated[bool, typer.Option(help="Write a picture of mask and tiles.")] = True,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Decoding processes. [default: 2, and more while the encoder waits for them]",
+        ),
+    ] = None,
+    half_scale_jpeg: Annotated[
+        bool,
+        typer.Option(
+            "--half-scale-jpeg",
+            help="Decode JPEG at half scale where a level has twice the resolution: faster, and "
+            "pixels differ by about half a grey level.",
+        ),
+    ] = False,
+    bad_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of a slide's tiles that may be unreadable."),
+    ] = 0.01,
     model: Annotated[
         Path | None, typer.Option(help="Run folder: also write ModalTune embeddings per case.")
     ] = None,
@@ -245,6 +264,9 @@ def embed(
         tissue=tissue,
         reader=reader,
         overlays=overlays,
+        workers=workers,
+        half_scale_jpeg=half_scale_jpeg,
+        bad_share=bad_share,
         model=model,
         genes=genes,
         clinical=clinical,

@@ -53,6 +53,9 @@ class EmbedRequest:
     tissue: Literal["lab", "lab-mean", "otsu", "hsv"] = "lab"
     reader: str | None = None
     overlays: bool = True
+    workers: int | None = None
+    half_scale_jpeg: bool = False
+    bad_share: float = 0.01
     model: Path | None = None
     genes: Path | None = None
     clinical: Path | None = None
@@ -217,6 +220,9 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
         tissue=request.tissue,
         reader=request.reader,
         overlays=request.overlays,
+        workers=request.workers,
+        half_scale_jpeg=request.half_scale_jpeg,
+        bad_share=request.bad_share,
     )
 
 
