@@ -112,7 +112,7 @@ def all_specs(ops: Sequence[str] = ()) -> list[CompileSpec]:
 
 def compile_spec(spec: CompileSpec) -> Resources:
     """Compile one spec (in a process without TRITON_INTERPRET) and read its resources."""
-    cached = _cache_path(spec)
+    cached = cache_path(spec)
     if cached.is_file():
         return Resources(**json.loads(cached.read_text()))
     import triton
@@ -151,7 +151,8 @@ def compile_spec(spec: CompileSpec) -> Resources:
     return found
 
 
-def _cache_path(spec: CompileSpec) -> Path:
+def cache_path(spec: CompileSpec) -> Path:
+    """Return where a spec's resources are kept; the name stands for all they depend on."""
     import triton
 
     key = json.dumps([asdict(spec), triton.__version__], sort_keys=True, default=str).encode()

@@ -165,4 +165,4 @@ def test_an_empty_cache_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
     spec = resources.all_specs(["position_embed"])[0]
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert resources._cache_path(spec).is_relative_to(tmp_path / ".cache")
+    assert resources.cache_path(spec).is_relative_to(tmp_path / ".cache")
