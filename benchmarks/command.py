@@ -12,6 +12,7 @@ from modaltune.benchmarks.decode_command import decode as decode_command
 from modaltune.benchmarks.encoders_command import encoders as encoders_command
 from modaltune.benchmarks.model_command import model as model_command
 from modaltune.benchmarks.stream_command import stream as stream_command
+from modaltune.benchmarks.throughput_command import throughput as throughput_command
 from modaltune.cli_parts import FAILED, JsonFlag, print_json, reports_errors
 
 if TYPE_CHECKING:
@@ -187,3 +188,4 @@ bench_app.command("model")(reports_errors(model_command))
 bench_app.command("encoders")(encoders_command)
 bench_app.command("decode")(reports_errors(decode_command))
 bench_app.command("stream")(reports_errors(stream_command))
+bench_app.command("throughput")(reports_errors(throughput_command))

@@ -2,7 +2,8 @@
 
 A cohort of small slides is drawn and written as JPEG pyramids, then embedded as `modaltune embed`
 does it, feature files and ledger included. Rival in the same run: the encoder alone, on the same
-tiles in memory, before and after.
+tiles in memory, before and after. Rates count from the fifth slide on: each decoding process loads
+its compiled loops with its first slide.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ CSV_NAME = "stream.csv"
 TILE_PX = 256
 SMALLEST, LARGEST, MEAN = 30, 300, 125
 BUSY_BAR, RATE_BAR, FLAT_BAR = 0.95, 0.95, 0.05
-FROM_SLIDE = 5  # memory is flat from here on
-_ALONE_TILES = 512
+FROM_SLIDE = 5  # warm from here on: rates count, and memory is flat
+ALONE_TILES = 512
 _FIELD = ("#" * 8,) * 8
 
 
@@ -180,6 +181,7 @@ def measure(
     *,
     slides: int = 24,
     runtime: str = "auto",
+    device: str = "cpu",
     workers: int | None = None,
     seed: int = 0,
     folder: Path | None = None,
@@ -190,6 +192,7 @@ def measure(
         encoder_name: The tile encoder.
         slides: Slides of the cohort.
         runtime: As `--runtime` takes it.
+        device: Of the encoder.
         workers: Decoding processes; None for the engine's own rule.
         seed: Of the cohort.
         folder: Where the cohort lies or is written; a temporary one unless given.
@@ -197,15 +200,22 @@ def measure(
     Raises:
         InputError: A slide can't be embedded.
     """
-    encoder = load_encoder(encoder_name, runtime=runtime)
+    encoder = load_encoder(encoder_name, runtime=runtime, device=device)
     with tempfile.TemporaryDirectory() as scratch:
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
-        tiles = tiles_in_memory(paths, _ALONE_TILES)
+        tiles = tiles_in_memory(paths, ALONE_TILES)
         before, base = alone_rate(encoder, tiles), resident_mib()
         started = time.perf_counter()
         stretches: list[Stretch] = []
         lock = threading.Lock()
         rss: list[float] = []
+        counts: list[tuple[float, int]] = []
+        warm: list[tuple[float, int]] = []
+
+        def finished(_: SlideOutcome) -> None:
+            rss.append(resident_mib())
+            if len(rss) == FROM_SLIDE and counts:
+                warm.append(counts[-1])
 
         def observe(stage: str, slide: str, start: float, end: float) -> None:
             with lock:
@@ -216,14 +226,16 @@ def measure(
             encoder,
             Path(scratch) / "out",
             EmbedOptions(overlays=False, workers=workers),
-            on_slide=lambda _: rss.append(resident_mib()),
+            on_tiles=lambda done: counts.append((time.perf_counter(), done)),
+            on_slide=finished,
             observe=observe,
         )
         _gate(report.outcomes, encoder)
         after = alone_rate(encoder, tiles)
     encoding = [s for s in stretches if s.stage == "encode"]
     span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
-    rate, alone = report.new_tiles / span, (before + after) / 2
+    (since, done), (until, total) = warm[0], counts[-1]
+    rate, alone = (total - done) / (until - since), (before + after) / 2
     steady = rss[FROM_SLIDE - 1 :] or rss
     used = workers or len(os.sched_getaffinity(0))
     bound = bound_mib(encoder, base, used, max(o.tiles for o in report.outcomes))

@@ -25,6 +25,7 @@ def stream(
     tile_encoder: Annotated[str, typer.Option(help="Tile encoder.")] = DEFAULT_ENCODER,
     slides: Annotated[int, typer.Option(min=5, help="Slides of 30 to 300 tiles.")] = 24,
     runtime: Annotated[str, typer.Option(help="Runtime of the tile encoder.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding processes. [default: as embed]")
     ] = None,
@@ -46,7 +47,9 @@ def stream(
     folder = results_folder(results)
     if not as_json:
         err_console.print(f"drawing and embedding {slides} slides ...", highlight=False)
-    found = bench.measure(tile_encoder, slides=slides, runtime=runtime, workers=workers)
+    found = bench.measure(
+        tile_encoder, slides=slides, runtime=runtime, device=device, workers=workers
+    )
     if folder is not None:
         append_row(folder / bench.CSV_NAME, found.row)
     picture = plot_timeline(found, out / "stream.png")

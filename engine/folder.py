@@ -240,19 +240,22 @@ def embed_slides(
     with opened as ledger, ledger.beating():
         run = _Run(ledger, out, on_slide)
         run.tell(FINISHED)
-        source = Claims(ledger, out / "overlays" if options.overlays else None)
-        stream_options = options.stream_options()
-        with SlideStream(
-            source, encoder, stream_options, on_tiles=on_tiles, observe=observe
-        ) as stream:
-            for slide in stream:
-                lease = source.held.pop(slide.key)
-                with settles(ledger, lease, run.tell_row):
-                    facts = _write(lease, slide, encoder, options, recipe, stream.clock)
-                    row = ledger.commit_done(lease, facts, timings=slide.seconds)
-                    run.seconds[row.slide_id] = time.monotonic() - source.since.pop(slide.key)
-                    run.tell_row(row)
-        outcomes, clock = run.tell(STATUSES), stream.clock
+        clock = StreamClock()
+        if ledger.unsettled():  # else no process need be started
+            source = Claims(ledger, out / "overlays" if options.overlays else None)
+            stream = SlideStream(
+                source, encoder, options.stream_options(), on_tiles=on_tiles, observe=observe
+            )
+            clock = stream.clock
+            with stream:
+                for slide in stream:
+                    lease = source.held.pop(slide.key)
+                    with settles(ledger, lease, run.tell_row):
+                        facts = _write(lease, slide, encoder, options, recipe, clock)
+                        row = ledger.commit_done(lease, facts, timings=slide.seconds)
+                        run.seconds[row.slide_id] = time.monotonic() - source.since.pop(slide.key)
+                        run.tell_row(row)
+        outcomes = run.tell(STATUSES)
     return EmbedReport(
         outcomes, clock.split(), clock.elapsed_s, encoder.name, recipe, clock.encoder_busy
     )

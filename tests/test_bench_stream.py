@@ -1,0 +1,50 @@
+"""The stream's benchmark: a small cohort through the real engine, its row, picture and bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from modaltune.benchmarks import stream
+from modaltune.cli import app
+
+
+def test_sizes_are_those_that_are_promised() -> None:
+    counts = [columns * rows for columns, rows in stream.slide_sizes(24)]
+    assert len(counts) == 24
+    assert min(counts) >= stream.SMALLEST
+    assert max(counts) <= stream.LARGEST
+    assert sum(counts) == pytest.approx(3000, rel=0.1)
+
+
+def test_a_small_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six slides of 30 tiles; which bars are met depends on the machine."""
+    monkeypatch.setattr(stream, "slide_sizes", lambda slides, _: [(6, 5)] * slides)
+    monkeypatch.setattr(stream, "ALONE_TILES", 64)
+    result = CliRunner().invoke(
+        app,
+        ["bench", "stream", "--slides", "6", "--runtime", "onnxruntime", "--workers", "1", "--json",
+         "--results", str(tmp_path), "--out", str(tmp_path)],
+    )  # fmt: skip
+    found = json.loads(result.output)
+    assert (found["slides"], found["tiles"], found["runtime"]) == (6, 180, "onnxruntime")
+    assert 0 < found["encoder_busy"] <= 1
+    assert len(found["rss_mib"]) == 6
+    assert found["peak_mib"] == pytest.approx(max(found["rss_mib"]), abs=1)
+    assert found["ratio"] == pytest.approx(
+        found["tiles_per_s"] / found["alone_tiles_per_s"], rel=0.01
+    )
+    assert (tmp_path / "stream.png").stat().st_size > 10_000
+    assert (tmp_path / stream.CSV_NAME).read_text().count("\n") == 2
+    assert result.exit_code == (1 if found["missed"] else 0)
+
+
+def test_missed_bars_are_named() -> None:
+    good = {"encoder_busy": 0.99, "ratio": 0.97, "peak_mib": 900, "bound_mib": 1000, "spread": 0.02}
+    assert stream.missed_bars(good) == []
+    bad = {"encoder_busy": 0.5, "ratio": 0.6, "peak_mib": 1100, "bound_mib": 1000, "spread": 0.2}
+    said = stream.missed_bars(bad)
+    assert [line.split()[0] for line in said] == ["encoder", "60.0%", "memory", "memory"]
