@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -295,10 +296,13 @@ def test_workers_that_cannot_start_are_an_error(
         assert decoder.pids == ()
 
 
-def run_parent(code: str, slide: Path) -> subprocess.Popen[str]:
-    """Start a process with a decoder at work; its workers' ids are its first line."""
+@contextlib.contextmanager
+def run_parent(code: str, slide: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a process with a decoder at work; its workers' ids are its first line."""
     start = (
-        "import sys\nfrom pathlib import Path\n"
+        "import signal, sys\nfrom pathlib import Path\n"
+        # Whoever is started in the background of a script has inherited that it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from modaltune.engine.decode import *\n"
         "decoder = TileDecoder(DecodeOptions(TileOptions(tile_px=64, min_foreground=0), 2))\n"
         f"path = Path({str(slide)!r})\n"
@@ -307,12 +311,16 @@ def run_parent(code: str, slide: Path) -> subprocess.Popen[str]:
         "    if isinstance(event, TileBlock): event.release()\n"
         "for _ in range(20): use(next(events))\n"
     )
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", start + code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
 
 
 SAY = "print(*decoder.pids, flush=True)\n"
