@@ -134,7 +134,8 @@ def start(words: Sequence[str], log: Path, *, most_bytes: int | None = None) -> 
     child = os.fork()
     if child == 0:
         if most_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
         _in_child(lambda: _command_line(words), log)
     return child
 

@@ -6,11 +6,16 @@ behind however the processes end: the kernel frees it with the last descriptor a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import resource
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+
+from modaltune.engine.errors import InputError
 
 Rgb = npt.NDArray[np.uint8]
 
@@ -32,13 +37,15 @@ class SharedTiles:
             descriptor: The other process's descriptor as inherited; None makes new memory.
 
         Raises:
+            InputError: The limit of a file's size is below the memory's.
             OSError: The system refuses.
         """
         slabs, tiles, tile_px = shape
         size = slabs * tiles * tile_px * tile_px * 3
         if descriptor is None:
             descriptor = os.memfd_create("modaltune-tiles", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, size)
+            with _allowed(size):
+                os.ftruncate(descriptor, size)
         self.descriptor = descriptor
         buffer = mmap.mmap(descriptor, size)
         self.array: Rgb = np.frombuffer(buffer, dtype=np.uint8).reshape(
@@ -50,3 +57,22 @@ class SharedTiles:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+@contextlib.contextmanager
+def _allowed(size: int) -> Iterator[None]:
+    """Lift the limit of a file's size for a moment: it counts for memory without a file, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY or soft >= size:
+        yield
+        return
+    if hard != resource.RLIM_INFINITY and hard < size:
+        raise InputError(
+            f"the hard limit of a file's size must allow {size} bytes of shared tiles, got {hard}; "
+            "raise it (ulimit -H -f), or use fewer --workers"
+        )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -36,7 +36,7 @@ def full_disks(folder: Path) -> list[dict[str, Any]]:
     sizes = sorted(len(content) for content in whole["files"].values())
     found = []
     limits = [(False, size) for size in (8_000, 60_000, sizes[0], sizes[-1] - 1)]
-    for overlays, limit in (*limits, (True, sizes[-1] // 2)):
+    for overlays, limit in (*limits, (True, sizes[-1] + 10_000)):
         out = folder / f"full-{limit}"
         asked = replace(cohort, overlays=overlays)
         if limit == sizes[-1] - 1:  # some slides were finished while there was room
