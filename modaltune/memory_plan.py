@@ -167,7 +167,7 @@ class MemoryPlan:
         The gradients that earlier passes of a training step left behind are part of it.
         """
         if setting.mode == "forward":
-            return self._forward()
+            return self._forward(setting.passes(self.tasks))
         several = setting.task_backward == "sequential" and setting.passes(self.tasks) > 1
         return self._train(setting) + several * self.tuned
 
@@ -177,7 +177,7 @@ class MemoryPlan:
         each = parts.packed_plain if setting.mode == "forward" else parts.packed_train
         return min(parts.packed_embed + self.blocks_run * each, most_packed_bytes())
 
-    def _forward(self) -> float:
+    def _forward(self, passes: int) -> float:
         n, parts = self.tiles, self.parts
         row = parts.tokens.at(n)
         between = max(
@@ -186,6 +186,7 @@ class MemoryPlan:
             row + parts.extractor.plain.at(n),
         )
         held = row + (self.interactions > 1) * row  # embedded tiles, input of the interaction
+        held += (passes > 1) * passes * row  # every task's rows behind the first injector
         return max(held + between, parts.embed.at(n), row + parts.modalities.plain.at(n))
 
     def _train(self, setting: Setting) -> float:

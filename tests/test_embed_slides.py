@@ -22,8 +22,9 @@ def test_a_row_per_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (row,) = csv.DictReader(file)
     assert row["tiles"] == "4"
     assert printed["tiles"] == 4
-    stages = sum(float(row[f"{s}_s"]) for s in ("open", "mask", "read", "encode", "write"))
-    assert 0 < stages <= float(row["seconds"]) + 0.01
+    stages = [float(row[f"{s}_s"]) for s in ("open", "mask", "read", "encode", "write")]
+    assert sum(stages) > 0
+    assert max(stages) <= float(row["seconds"]) + 0.01
     assert float(row["tiles_per_s"]) == pytest.approx(4 / float(row["seconds"]), rel=0.02)
 
 

@@ -180,6 +180,7 @@ def test_large_weights_lie_in_a_file_named_by_their_hash(vit: TorchEncoder, tmp_
     small = export_encoder(vit, tmp_path / "small.onnx", external_above=10**9)
     assert small.data is None
     assert small.path.stat().st_size > report.data.stat().st_size
+    assert b".py" not in small.path.read_bytes()  # no traces of where it was made
 
 
 class Deceiver(ImageFeatures):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,26 +194,42 @@ def test_network_disks_go_without_shared_memory(
         assert mode(db, "journal_mode") == "wal"
 
 
-def _open_and_claim(folder: Path, barrier: object, found: object) -> None:
-    items = [SlideItem(folder / f"{i}.svs", f"s{i}", f"s{i}") for i in range(8)]
-    barrier.wait()  # type: ignore[attr-defined]
-    ledger = Ledger.open(folder / "out", SMALL_RECIPE, items, features="f")
-    lease = ledger.claim()
-    found.put(None if lease is None else lease.item.slide_id)  # type: ignore[attr-defined]
-    barrier.wait()  # type: ignore[attr-defined]
+CLAIM = """
+import sys
+from pathlib import Path
+from modaltune.engine.cohort import SlideItem
+from modaltune.engine.ledger import Ledger
+from modaltune.testing_features import SMALL_RECIPE
+folder = Path(sys.argv[1])
+items = [SlideItem(folder / f"{i}.svs", f"s{i}", f"s{i}") for i in range(8)]
+print("ready", flush=True)
+sys.stdin.readline()
+ledger = Ledger.open(folder / "out", SMALL_RECIPE, items, features="f")
+lease = ledger.claim()
+print(lease and lease.item.slide_id, flush=True)
+sys.stdin.readline()
+"""
 
 
 def test_eight_processes_make_one_ledger_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, found = context.Barrier(8), context.Queue()
-    workers = [
-        context.Process(target=_open_and_claim, args=(tmp_path, barrier, found)) for _ in range(8)
-    ]
+    """All begin when the last is ready, and none ends before the last has claimed."""
+    words = [sys.executable, "-c", CLAIM, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(words, **pipes) for _ in range(8)]
+
+    def said() -> list[str]:
+        return [worker.stdout.readline().strip() for worker in workers]
+
+    def go_on() -> None:
+        for worker in workers:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+
+    assert said() == ["ready"] * 8
+    go_on()
+    claimed = said()
     for worker in workers:
-        worker.start()
-    claimed = [found.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
+        worker.communicate("go\n")
     assert sorted(claimed) == [f"s{i}" for i in range(8)]
     (one,) = read_status(tmp_path / "out")
     assert [lease.state for lease in one.running] == ["gone"] * 8

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 
 from modaltune.engine.encoders.agreement import check_gate, probe_tiles
 from modaltune.engine.encoders.model_cache import (
-    build_once,
     cache_folder,
     digest,
     writable_cache,
@@ -196,27 +196,33 @@ def test_other_failures_are_not_swallowed(
         OnnxEncoder(eager).encode(probe_tiles(2, 40, 40))
 
 
-def _build_slowly(folder: str, barrier: Any) -> None:
-    def build(path: Path) -> None:
-        with (Path(folder) / "builds").open("a") as log:
-            log.write("built\n")
-        path.write_text("done")
-
-    barrier.wait()
-    build_once(Path(folder) / "engine", build)
+BUILD = """
+import sys
+from pathlib import Path
+from modaltune.engine.encoders.model_cache import build_once
+folder = Path(sys.argv[1])
+def build(path):
+    with (folder / "builds").open("a") as log:
+        log.write("built\\n")
+    path.write_text("done")
+print("ready", flush=True)
+sys.stdin.readline()
+build_once(folder / "engine", build)
+"""
 
 
 def test_one_of_many_processes_builds(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(3)
-    processes = [
-        context.Process(target=_build_slowly, args=(str(tmp_path), barrier)) for _ in range(3)
-    ]
+    """Three begin when the last is ready."""
+    words = [sys.executable, "-c", BUILD, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(words, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
     for process in processes:
-        process.start()
+        process.stdin.write("go\n")
+        process.stdin.flush()
     for process in processes:
-        process.join()
-        assert process.exitcode == 0
+        process.communicate()
+        assert process.returncode == 0
     assert (tmp_path / "builds").read_text() == "built\n"
 
 

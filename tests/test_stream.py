@@ -86,7 +86,8 @@ def children() -> set[int]:
 
 
 def stream_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("modaltune-")]
+    ours = ("modaltune-pump", "modaltune-encode", "modaltune-decode")
+    return [t.name for t in threading.enumerate() if t.name.startswith(ours)]
 
 
 def test_every_slide_gets_its_own_features(slides: list[Path]) -> None:

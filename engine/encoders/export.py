@@ -143,6 +143,8 @@ def export_encoder(
     size = tile_shape(encoder.spec, tile_px)
     program = _trace(encoder, precision, preprocessing, size)
     metadata = _metadata(encoder, precision, preprocessing, size)
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.model.metadata_props.update(metadata)
     program.model.producer_name = "modaltune"
     final = Path(path)
