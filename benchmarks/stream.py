@@ -234,7 +234,10 @@ def measure(
         after = alone_rate(encoder, tiles)
     encoding = [s for s in stretches if s.stage == "encode"]
     span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
-    (since, done), (until, total) = warm[0], counts[-1]
+    until, total = counts[-1]
+    # A cohort so small that all is encoded before the fifth slide is written counts as a whole.
+    whole = (min(s.start_s for s in encoding) + started, 0)
+    since, done = warm[0] if warm and warm[0][1] < total else whole
     rate, alone = (total - done) / (until - since), (before + after) / 2
     steady = rss[FROM_SLIDE - 1 :] or rss
     used = workers or len(os.sched_getaffinity(0))
