@@ -27,7 +27,7 @@ from modaltune.engine.encoders.export import OPSETS, export_encoder
 from modaltune.engine.encoders.folded_norms import fold_batch_norms
 from modaltune.engine.encoders.input_graph import TileInput
 from modaltune.engine.encoders.loading import load_encoder
-from modaltune.engine.encoders.models import ImageFeatures, TimmFeatures
+from modaltune.engine.encoders.models import TimmFeatures
 from modaltune.engine.encoders.registry import get_spec
 from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.errors import InputError
@@ -183,7 +183,7 @@ def test_large_weights_lie_in_a_file_named_by_their_hash(vit: TorchEncoder, tmp_
     assert b".py" not in small.path.read_bytes()  # no traces of where it was made
 
 
-class Deceiver(ImageFeatures):
+class Deceiver(TimmFeatures):
     """Features that the exporter sees otherwise than eager execution does."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ def test_a_graph_that_disagrees_is_refused_and_not_written(tmp_path: Path) -> No
     assert (tmp_path / "old.onnx").read_bytes() == b"an earlier file"
 
 
-class Branching(ImageFeatures):
+class Branching(TimmFeatures):
     """Python decisions on values, which no exporter can trace."""
 
     def __init__(self) -> None:

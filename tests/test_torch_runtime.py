@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modaltune.engine.encoders.models import ImageFeatures
+from modaltune.engine.encoders.models import TimmFeatures
 from modaltune.engine.encoders.registry import get_spec
 from modaltune.engine.encoders.runtime import choose_precision, is_out_of_memory
 from modaltune.engine.encoders.torch_runtime import CompiledEncoder, TorchEncoder
@@ -30,7 +30,7 @@ SPEC = replace(
 )
 
 
-class ChannelMeans(ImageFeatures):
+class ChannelMeans(TimmFeatures):
     """Features are the channel means; fails as told."""
 
     def __init__(self, limit: int = 10**9, fault: Exception | None = None) -> None:
@@ -47,7 +47,7 @@ class ChannelMeans(ImageFeatures):
         return x.mean(dim=(2, 3))
 
 
-class Convolution(ImageFeatures):
+class Convolution(TimmFeatures):
     """Features of one convolution over the whole tile."""
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_STEM = "_conv_stem.weight"
 
 
-class ImageFeatures(nn.Module):
+class ImageFeatures(nn.Module, ABC):
     """A network and the way its features are taken.
 
     Args:
@@ -41,17 +42,17 @@ class ImageFeatures(nn.Module):
         return self.network.state_dict()
 
     @property
+    @abstractmethod
     def num_prefix_tokens(self) -> int:
         """Tokens before the patch tokens: the class token and the registers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
         """Return `[n, prefix + patches, width]` after the last norm, class token first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pooled(self, x: Tensor) -> Tensor:
         """Return `[n, width]` by the network's own pooling."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[n, width]` for normalised images `[n, 3, p, p]`."""
