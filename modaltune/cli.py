@@ -16,7 +16,11 @@ from modaltune.cli_ledger import retry, status
 from modaltune.cli_measure import plan, profile
 from modaltune.cli_parts import (
     FAILED,
+    AllowDownload,
     JsonFlag,
+    TileEncoderName,
+    TileEncoderWeights,
+    TrustedRevision,
     err_console,
     out_console,
     print_json,
@@ -164,20 +168,10 @@ def embed(
     root: Annotated[
         Path | None, typer.Option(help="Folder that the manifest's slides must lie in.")
     ] = None,
-    tile_encoder: Annotated[
-        str | None,
-        typer.Option(help="Tile encoder: a name, timm:NAME, transformers:FOLDER. See doctor."),
-    ] = None,
-    tile_encoder_weights: Annotated[
-        Path | None, typer.Option(help="Local weights of the tile encoder.")
-    ] = None,
-    allow_download: Annotated[
-        bool, typer.Option("--allow-download", help="Fetch missing weights from the hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        str | None,
-        typer.Option(help="40-hex revision whose model code may run.", metavar="REVISION"),
-    ] = None,
+    tile_encoder: TileEncoderName = None,
+    tile_encoder_weights: TileEncoderWeights = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustedRevision = None,
     mpp: Annotated[
         float | None, typer.Option(help="Microns per pixel of a tile. [default: 0.5]")
     ] = None,

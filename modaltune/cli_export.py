@@ -7,26 +7,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from modaltune.cli_parts import JsonFlag, out_console, print_json, reports_errors
+from modaltune.cli_parts import (
+    AllowDownload,
+    JsonFlag,
+    TileEncoderName,
+    TileEncoderWeights,
+    TrustedRevision,
+    out_console,
+    print_json,
+    reports_errors,
+)
 
 
 @reports_errors
 def export_encoder(
     out: Annotated[Path, typer.Argument(help="ONNX file to write.", metavar="FILE")],
-    tile_encoder: Annotated[
-        str | None,
-        typer.Option(help="Tile encoder: a name, timm:NAME, transformers:FOLDER. See doctor."),
-    ] = None,
-    tile_encoder_weights: Annotated[
-        Path | None, typer.Option(help="Local weights of the tile encoder.")
-    ] = None,
-    allow_download: Annotated[
-        bool, typer.Option("--allow-download", help="Fetch missing weights from the hub.")
-    ] = False,
-    trust_remote_code: Annotated[
-        str | None,
-        typer.Option(help="40-hex revision whose model code may run.", metavar="REVISION"),
-    ] = None,
+    tile_encoder: TileEncoderName = None,
+    tile_encoder_weights: TileEncoderWeights = None,
+    allow_download: AllowDownload = False,
+    trust_remote_code: TrustedRevision = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"], typer.Option(help="Type of weights and arithmetic.")
     ] = "fp32",

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -17,6 +18,18 @@ FAILED, INTERRUPTED = 1, 130
 out_console = Console()
 err_console = Console(stderr=True)
 
+TileEncoderName = Annotated[
+    str | None,
+    typer.Option(help="Tile encoder: a name, timm:NAME, transformers:FOLDER. See doctor."),
+]
+TileEncoderWeights = Annotated[Path | None, typer.Option(help="Local weights of the tile encoder.")]
+AllowDownload = Annotated[
+    bool, typer.Option("--allow-download", help="Fetch missing weights from the hub.")
+]
+TrustedRevision = Annotated[
+    str | None,
+    typer.Option(help="40-hex revision whose model code may run.", metavar="REVISION"),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
