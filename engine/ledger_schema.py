@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import sqlite3
 import time
@@ -100,9 +101,7 @@ def connect(folder: Path, *, busy_s: float = BUSY_S) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
         try:
             _check(db, path)
-            wanted = "truncate" if is_network(path) else "wal"
-            if db.execute("PRAGMA journal_mode").fetchone()[0] != wanted:
-                db.execute(f"PRAGMA journal_mode={wanted}")
+            _set_journal(db, path, busy_s)
             db.execute("PRAGMA temp_store=MEMORY")
         except BaseException:
             db.close()
@@ -201,6 +200,8 @@ def _create(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(temp, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous=FULL")
+            # Written into the file, so that those who open it at once need not change it.
+            db.execute(f"PRAGMA journal_mode={_journal_mode(path)}")
             db.executescript(
                 f"BEGIN;PRAGMA application_id={_APPLICATION_ID};"
                 f"PRAGMA user_version={SCHEMA_VERSION};{_TABLES}COMMIT;"
@@ -209,8 +210,27 @@ def _create(path: Path) -> None:
             _give_name(temp, path)
         fsync_folder(path.parent)
     finally:
-        temp.unlink(missing_ok=True)
-        temp.with_name(f"{temp.name}-journal").unlink(missing_ok=True)
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            temp.with_name(f"{temp.name}{suffix}").unlink(missing_ok=True)
+
+
+def _journal_mode(path: Path) -> str:
+    return "truncate" if is_network(path) else "wal"
+
+
+def _set_journal(db: sqlite3.Connection, path: Path, busy_s: float) -> None:
+    """Give a ledger that came from another file system the journal of this one.
+
+    Two that change it at once refuse each other without waiting, so this asks again.
+    """
+    wanted, until = _journal_mode(path), time.monotonic() + busy_s
+    while db.execute("PRAGMA journal_mode").fetchone()[0] != wanted:
+        try:
+            db.execute(f"PRAGMA journal_mode={wanted}")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() >= until:
+                raise
+            time.sleep(random.uniform(0.01, 0.05))
 
 
 def _remove_stale(folder: Path) -> None:
@@ -220,8 +240,12 @@ def _remove_stale(folder: Path) -> None:
     """
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_temporary(entry.name) and time.time() - entry.stat().st_mtime > _STALE_S:
-                Path(entry.path).unlink(missing_ok=True)
+            if not is_temporary(entry.name):
+                continue
+            # A writer that lives may give its file another name, or remove it, at any moment.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - entry.stat().st_mtime > _STALE_S:
+                    os.unlink(entry.path)
 
 
 def _give_name(temp: Path, path: Path) -> None:
