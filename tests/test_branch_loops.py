@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +20,24 @@ from modaltune.kernels.dilated_attn import cpu
 from modaltune.testing import normal
 
 Array = NDArray[np.float32]
-LENGTHS = (1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 515)
+# Around groups of keys, chunks of keys and tiles of queries.
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 257, 515)
+ONE_SEGMENT = """
+import numpy as np
+from modaltune.kernels.dilated_attn import _branch_loops as loops
+rng, worst = np.random.default_rng(0), 0.0
+for rows in (1, 11, 13, 25, 37, 67, 130):
+    for dim in (4, 6, 16):
+        q, k, v, acc = (rng.standard_normal((rows, 1, dim)).astype(np.float32) for _ in range(4))
+        before, total = acc.copy(), np.zeros((rows, 1), np.float32)
+        piece = np.array([[0, 1, rows, 1, 0, 0, 1, 2]])
+        loops.attend_pieces(q, k, v, acc, total, piece, np.float32(0.3))
+        weights = np.exp2(0.3 * q[:, 0].astype(float) @ k[:, 0].astype(float).T)
+        wanted = weights @ v[:, 0] + before[:, 0], weights.sum(1) + 2
+        for got, want in zip((acc[:, 0], total[:, 0]), wanted):
+            worst = max(worst, np.abs(got - want).max() / np.abs(want).max())
+print(loops.LANES, worst)
+"""
 
 
 def arrays(rows: int, heads: int, dim: int) -> list[Array]:
@@ -39,9 +61,9 @@ def exact(given: list[Array], rows: slice, head: int, pads: int) -> tuple[Array,
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dim", [4, 16, 48])
+@pytest.mark.parametrize("dim", [4, 5, 16, 48])
 def test_one_segment_of_any_length(length: int, dim: int) -> None:
-    """Lengths around groups of keys and blocks of lanes; widths around groups of coordinates."""
+    """Widths around groups of coordinates, too."""
     given = arrays(length, 2, dim)
     acc, total = run(given, (0, 1, length, 1, 0, 1, 2, 3))
     want_acc, want_total = exact(given, slice(None), 1, pads=3)
@@ -114,6 +136,26 @@ def test_the_loops_are_what_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     seen.clear()
     dilated_attention(100 * q, 100 * k, v, **how)
     assert not seen
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize(
+    ("name", "features", "lanes"),
+    [("haswell", "+sse4.2,+avx,+avx2,+fma", 8), ("x86-64", "+sse2", 4)],
+)
+def test_processors_with_shorter_vectors(
+    tmp_path: Path, name: str, features: str, lanes: int
+) -> None:
+    """Compiled for another processor, which this one can pass for."""
+    chosen = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    own = {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", ONE_SEGMENT]
+    done = subprocess.run(
+        words, env={**os.environ, **chosen, **own}, capture_output=True, text=True, check=True
+    )
+    got_lanes, worst = done.stdout.split()
+    assert int(got_lanes) == lanes
+    assert float(worst) < 1e-6
 
 
 def test_a_value_that_is_no_number_stays_one() -> None:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "benchmarks": {"modaltune", "engine", "kernels", "benchmarks"},
     "tests": {"modaltune", "engine", "kernels", "benchmarks"},
 }
-KERNEL_LIBRARIES = {"torch", "triton", "numpy", "numba"}
+KERNEL_LIBRARIES = {"torch", "triton", "numpy", "numba", "llvmlite"}  # llvmlite comes with numba
 # Not brought by a plain install: imported in the function that needs them.
 OPTIONAL = {
     *("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "pycuda", "cuda", "ray", "wsidicom"),

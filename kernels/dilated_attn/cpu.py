@@ -14,7 +14,7 @@ The backward pass computes the scores again, with the merge weights alpha as con
     dS_ij = P_ij (do_i . v_j - delta_ib)   delta_ib = sum_{j in b(i)} P_ij (do_i . v_j) / alpha_ib
     dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
 
-Pieces of up to 1,024 rows, without a shift, run forward in compiled loops (`_branch_loops`). The
+Without a shift the forward pass runs in compiled loops (`_branch_loops`), which keep no scores. The
 rest is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor,
 and exp2, which is four times as fast as exp there.
 """
@@ -39,8 +39,6 @@ _SAFE_SCORE = 64.0
 # Below every score, but finite: the difference of two of them is zero, not NaN.
 _LOWEST = -1e30
 _LOG2E = 1 / math.log(2)
-# Longer pieces are large enough products for oneDNN to gain more than its passes over memory cost.
-_MOST_LOOPED = 1024
 
 
 def _find_product() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -194,8 +192,8 @@ def _forward(
     total = torch.zeros_like(lse)
     top = None if is_safe else torch.full_like(lse, _LOWEST)
     looped: list[Piece] = []
-    if is_safe and exact == torch.float32 and q.shape[-1] % 4 == 0:
-        looped = [p for p in pieces if p.places <= _MOST_LOOPED and not p.is_lone]
+    if is_safe and exact == torch.float32:
+        looped = [p for p in pieces if not p.is_lone]
         _attend_in_loops(looped, scale, (q, k, v), acc, total)
     for piece in [p for p in pieces if p not in looped]:
         for chunk in chunks(piece):
