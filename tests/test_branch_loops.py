@@ -36,7 +36,7 @@ for rows in (1, 11, 13, 25, 37, 67, 130):
         wanted = weights @ v[:, 0] + before[:, 0], weights.sum(1) + 2
         for got, want in zip((acc[:, 0], total[:, 0]), wanted):
             worst = max(worst, np.abs(got - want).max() / np.abs(want).max())
-print(loops.LANES, worst)
+print(loops._vector_code.LANES, worst)
 """
 
 

@@ -14,9 +14,9 @@ The backward pass computes the scores again, with the merge weights alpha as con
     dS_ij = P_ij (do_i . v_j - delta_ib)   delta_ib = sum_{j in b(i)} P_ij (do_i . v_j) / alpha_ib
     dv_j = sum P_ij do_i    dq_i = scale sum dS_ij k_j    dk_j = scale sum dS_ij q_i
 
-Without a shift the forward pass runs in compiled loops (`_branch_loops`), which keep no scores. The
-rest is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor,
-and exp2, which is four times as fast as exp there.
+Without a shift both passes run in compiled loops (`_branch_loops`, `_branch_gradients`). The rest
+is oneDNN's products, twice as fast as those inside ATen's fused attention on an AMD processor, and
+exp2, which is four times as fast as exp there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,6 +136,15 @@ def _attend(pads: int, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sum
         sums.add(rows, _product(weights, values.transpose(1, 2)), total, top)
 
 
+def _piece_rows(pieces: list[Piece]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return pieces as the compiled loops take them, `[n, 8]`."""
+    rows = [
+        (p.start, p.segments, p.length, p.ratio, p.group, p.heads.start, p.heads.stop, p.pads)
+        for p in pieces
+    ]
+    return np.array(rows, np.int64)
+
+
 def _attend_in_loops(
     pieces: list[Piece],
     scale: float,
@@ -146,13 +156,9 @@ def _attend_in_loops(
     # Here: numba takes as long to import as all the rest, and only this path needs it.
     from modaltune.kernels.dilated_attn import _branch_loops
 
-    rows = [
-        (p.start, p.segments, p.length, p.ratio, p.group, p.heads.start, p.heads.stop, p.pads)
-        for p in pieces
-    ]
-    if rows:
+    if pieces:
         arrays = [t.to(acc.dtype).numpy() for t in (*inputs, acc, total.squeeze(-1))]
-        _branch_loops.attend_pieces(*arrays, np.array(rows), np.float32(scale))
+        _branch_loops.attend_pieces(*arrays, _piece_rows(pieces), np.float32(scale))
 
 
 def _attend_alone(scale: float, q: Tensor, k: Tensor, v: Tensor, sums: _Sums) -> None:
@@ -300,6 +306,24 @@ def _pull_back(
         grads.v.add_(_transposed(dv).view(grads.v.shape))
 
 
+def _pull_back_in_loops(
+    pieces: list[Piece],
+    scale: float,
+    inputs: list[Tensor],
+    lse: Tensor,
+    grads: list[Tensor | None],
+) -> None:
+    """Do what `_pull_back` does for pieces whose scores need no shift, in one call."""
+    from modaltune.kernels.dilated_attn import _branch_gradients
+
+    if pieces:
+        arrays = [t.to(lse.dtype).numpy() for t in (*inputs, lse.squeeze(-1))]
+        arrays += [
+            (lse[:0].expand(0, *inputs[0].shape[1:]) if t is None else t).numpy() for t in grads
+        ]
+        _branch_gradients.pull_back_pieces(*arrays, _piece_rows(pieces), np.float32(scale * _LOG2E))
+
+
 def _pull_back_alone(
     scale: float, bare_weight: float, inputs: list[Tensor], lse: Tensor, grads: _Grads
 ) -> None:
@@ -326,7 +350,11 @@ def _backward(
     is_safe: bool,
 ) -> None:
     """Fill the gradients of some heads of a sequence, which are zero."""
-    for piece in pieces:
+    looped: list[Piece] = []
+    if is_safe and lse.dtype == torch.float32:
+        looped = [p for p in pieces if not p.is_lone]
+        _pull_back_in_loops(looped, scale, inputs, lse, grads)
+    for piece in [p for p in pieces if p not in looped]:
         for chunk in chunks(piece):
             *given, lse_here = (chunk.view(t) for t in (*inputs, lse))
             wanted = _Grads(*(None if t is None else chunk.view(t) for t in grads))
