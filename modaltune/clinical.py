@@ -27,6 +27,7 @@ from modaltune.tables import OnDrop, is_missing, name_few, open_text, read_heade
 __all__ = [
     "COLUMNS",
     "PROJECT_SITES",
+    "REFERENCE_NAMES",
     "ClinicalEncoder",
     "ClinicalFeatures",
     "read_clinical",
@@ -71,7 +72,8 @@ PROJECT_SITES = {
 
 _KIND = "a readable clinical table (CSV, GDC TSV or JSON, or JSON records of a published split)"
 _Records = list[tuple[str, dict[str, Any]]]
-_REFERENCE_NAMES = {
+#: Names of a published record and ours.
+REFERENCE_NAMES = {
     "case_id": "case_uuid",
     "case_submitter_id": "case_id",
     "project_id": "project",
@@ -183,7 +185,7 @@ def _reference_records(content: Any, path: Path) -> _Records:
         )
     records = []
     for number, raw in enumerate(data, start=1):
-        record = {ours: raw.get(name) for name, ours in _REFERENCE_NAMES.items()}
+        record = {ours: raw.get(name) for name, ours in REFERENCE_NAMES.items()}
         record["site"] = PROJECT_SITES.get(str(raw.get("project_id")))
         records.append((f"record {number}", record))
     return records
