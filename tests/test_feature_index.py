@@ -112,7 +112,7 @@ def test_two_files_of_a_slide_are_refused_but_hdf5_wins_over_pt(tmp_path: Path) 
         ("s.pt", "the same slide is there as HDF5, which is preferred")
     ]
     write_clam(tmp_path / "h5_files_new" / "s.h5")
-    with pytest.raises(FeatureFileError, match="one feature file per slide, got .*s.h5 and"):
+    with pytest.raises(FeatureFileError, match=r"one feature file per slide, got .*s\.h5 and"):
         index_features(tmp_path)
     with pytest.raises(FeatureFileError, match="features must be a folder, got nothing"):
         index_features(tmp_path / "absent")

@@ -95,7 +95,6 @@ def test_lazyslide_choice_and_broken_join(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.filterwarnings("ignore")
 def test_lazyslide_stores_of_a_folder_are_indexed(tmp_path: Path) -> None:
     write_lazyslide(tmp_path / "s.zarr", version=2, models=("conch", "uni2"))
     (path, reason) = index_features(tmp_path).skipped[0]
@@ -105,6 +104,7 @@ def test_lazyslide_stores_of_a_folder_are_indexed(tmp_path: Path) -> None:
     assert (found.slide, found.encoder, found.tiles, found.width) == ("s", "uni2", N, D)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_lazyslide_pickle_codec_is_refused(tmp_path: Path) -> None:
     """Zarr 2 lets an array name a codec that unpickles its chunks."""
     path = write_lazyslide(tmp_path / "s.zarr", version=2)
