@@ -53,8 +53,8 @@ def test_slides_find_their_case_in_any_of_four_ways(tmp_path: Path) -> None:
     clinical = clinic(P7=(), P8=(), P9=("S2024.17", "S2024.18"), TCGA_2F_A9KO=(), P10=())
     told = Told()
     table = assign_slides(
-        files("S2024.18", "scan 7", f"TCGA-2F-A9KO-01Z-00-DX1.{UUID}", "P10", "S2024.17", "S2024.19",
-              "TCGA-XX-0000-01Z-00-DX1", "TCGA-2F-A9KO-11A-01-TS1"),
+        files("S2024.18", "scan 7", f"TCGA-2F-A9KO-01Z-00-DX1.{UUID}", "P10", "S2024.17",
+              "S2024.19", "TCGA-XX-0000-01Z-00-DX1", "TCGA-2F-A9KO-11A-01-TS1"),
         clinical, read_slide_table(path), told.hear, base_mpp=0.5,
     )  # fmt: skip
     assert dict(zip(table["slide"], table["case_id"], strict=True)) == {
