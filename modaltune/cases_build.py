@@ -124,7 +124,9 @@ def _read_slides(
         )
     told = [(root, file) for root, file in files if file.slide not in request.exclude]
     table = None if request.slides is None else read_slide_table(request.slides)
-    slides = assign_slides(told, clinical, table, report.teller("features"), request.base_mpp)
+    slides = assign_slides(
+        told, clinical, table, report.teller("features"), request.base_mpp, request.target_mpp
+    )
     return slides[~slides["case_id"].isin(request.exclude)]
 
 

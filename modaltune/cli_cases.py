@@ -133,6 +133,10 @@ def build(
         float | None,
         _option("Microns per level-0 pixel of slides whose files do not say it.", SLIDES),
     ] = None,
+    target_mpp: Annotated[
+        float | None,
+        _option("Microns per pixel of the tiles, where files do not say it (CLAM, .pt).", SLIDES),
+    ] = None,
     import_pt: Annotated[
         bool,
         _option("Read .pt features, which may carry code, in child processes, and store them as "
@@ -200,6 +204,7 @@ def build(
         gene_aliases=gene_aliases,
         encoder=encoder,
         base_mpp=base_mpp,
+        target_mpp=target_mpp,
         import_pt=import_pt,
         folds=folds,
         test_share=test_share,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from modaltune.cases import prepare_cases
+from modaltune.cases import prepare_cases, scale_positions
 from modaltune.cases_build import build_cases
 from modaltune.cases_folder import CasesFolder
 from modaltune.cases_request import CasesRequest
@@ -271,11 +271,13 @@ def test_pt_features_are_imported_only_when_asked(raw: CasesRequest, tmp_path: P
     request = raw.model_copy(update={"features": (folder,), "slides": None})
     with pytest.raises(InputError, match=r"got 6 \.pt files, .*--import-pt"):
         build_cases(request, tmp_path / "cases")
-    request = request.model_copy(update={"import_pt": True})
+    request = request.model_copy(update={"import_pt": True, "base_mpp": 0.25, "target_mpp": 0.5})
     built = build_cases(request, tmp_path / "cases")
     assert len(reasons(built)["features", "slide of normal tissue"]) == 3
     (slide,) = built.cohort.read_slides(CASES[0])
     assert (slide.features.shape, slide.coords.tolist()) == ((2, 5), [[0, 0], [256, 0]])
+    assert (slide.base_mpp, slide.target_mpp) == (0.25, 0.5)
+    assert scale_positions(slide, "scaled").tolist() == [[0.25, 0.25], [128.25, 0.25]]
     assert built.slides["tiles"].tolist() == [2, 2, 2]
     moved = (tmp_path / "cases").rename(tmp_path / "moved")
     assert len(CasesFolder.open(moved).cohort.read_slides(CASES[0])) == 1

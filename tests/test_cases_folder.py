@@ -48,6 +48,7 @@ def content() -> CasesContent:
             "tiles": [3, 4, 0],
             "width": [8, 8, 8],
             "base_mpp": [0.5, 0.25, np.nan],
+            "target_mpp": [0.5, np.nan, np.nan],
         }
     )
     return CasesContent(
@@ -92,7 +93,7 @@ def test_the_cohort_knows_where_features_lie_and_how_to_read_them(tmp_path: Path
     assert here.cohort.slides == {"c1": (inside, away), "c3": (Path("/far/away/s3.h5"),)}
     assert here.cohort.reading == {
         inside: SlideReading(),
-        away: SlideReading(base_mpp=0.25, encoder="e"),
+        away: SlideReading(base_mpp=0.25, target_mpp=None, encoder="e"),
     }
     assert here.cohort.case_ids == IDS
     moved = CasesFolder.open(tmp_path / "cases", features=there)

@@ -89,6 +89,14 @@ def test_slides_of_a_case_that_lists_others_are_left_out() -> None:
     assert math.isnan(table["base_mpp"][0])
 
 
+def test_slides_in_microns_need_a_resolution() -> None:
+    stamp = [(ROOT, FeatureFile("P1", ROOT / "P1.h5", "stamp", "uni", 1, 2))]
+    with pytest.raises(FeatureFileError, match=r"P1\.h5 holds coordinates in microns.*--base-mpp"):
+        assign_slides(stamp, None, None, Told().hear)
+    table = assign_slides(stamp, None, None, Told().hear, base_mpp=0.25, target_mpp=1.0)
+    assert (table["base_mpp"][0], table["target_mpp"][0]) == (0.25, 1.0)
+
+
 def test_two_feature_files_of_a_slide_are_refused() -> None:
     other = Path("/elsewhere")
     twice = [*files("a"), (other, FeatureFile("a", other / "a.h5", "clam", None, 1, 2))]

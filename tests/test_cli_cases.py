@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,21 @@ def test_errors_are_one_message_and_nothing_is_written(raw: Path, tmp_path: Path
     assert "cases.json" in foreign.output
     with pytest.raises(InputError, match="folds must be valid, got 'two'"):
         CasesRequest.checked(folds="two")
+
+
+def test_the_page_names_options_and_files_that_exist(raw: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cases.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"--[a-z][a-z-]+", run("build", "--help").output))
+    for command in ("show", "export-split"):
+        known |= set(re.findall(r"--[a-z][a-z-]+", run(command, "--help").output))
+    named = set(re.findall(r"--[a-z][a-z-]+", page))
+    assert {"--clinical", "--by-site"} <= named
+    assert named <= known
+    run("build", *inputs(raw), "--out", tmp_path / "cases")
+    files = set(re.findall(r"^\| `([a-z.]+)`", page.split("## What is in the folder")[1], re.M))
+    assert files <= {path.name for path in (tmp_path / "cases").iterdir()}
+    assert len(files) == 7
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet.replace('"cases"', repr(str(tmp_path / "cases"))), names)
+    assert names["fitted"].genes.num_cases > 0

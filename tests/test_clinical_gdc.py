@@ -175,7 +175,7 @@ def test_negative_durations_are_errors_naming_all_cases_unless_excluded(tmp_path
 
 
 def test_of_several_diagnoses_the_first_primary_one_counts(tmp_path: Path) -> None:
-    later = {"primary_diagnosis": "Squamous cell carcinoma, NOS", "days_to_diagnosis": 400,
+    later = {"primary_diagnosis": "Acinar cell carcinoma", "days_to_diagnosis": 400,
              "diagnosis_is_primary_disease": "true", "days_to_last_follow_up": 900}  # fmt: skip
     first = {"days_to_diagnosis": 0, "diagnosis_is_primary_disease": "true",
              "ajcc_pathologic_m": None}  # fmt: skip
