@@ -210,6 +210,12 @@ class CasesFolder:
         if SLIDES not in self.description["files"]:
             return _SLIDES_SCHEMA.empty_table().to_pandas().assign(path=pd.Series(dtype=object))
         table = pq.read_table(self.path / SLIDES).to_pandas()
+        for name in table["features"]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CohortError(
+                    f"{self.path / SLIDES} must name features below their folder, got {name}; "
+                    "build the cases folder again"
+                )
         moved = self.features_root
         table["path"] = [
             (self.path if not root else moved or Path(root)) / name

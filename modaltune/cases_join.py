@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from modaltune.cases_folder import SLIDE_COLUMNS
+from modaltune.cases_folder import SLIDE_COLUMNS, CasesFolder
 from modaltune.clinical import COLUMNS
 from modaltune.engine.feature_index import PT, FeatureFile
 from modaltune.engine.tile_features import check_base_mpp
@@ -248,6 +248,21 @@ def assign_slides(
     if rows and missing:
         tell("listed slide without a feature file", sorted(missing))
     return pd.DataFrame(rows, columns=[*SLIDE_COLUMNS, "source"])
+
+
+def feature_names(cases: CasesFolder) -> dict[str, list[str]]:
+    """Return the feature files of the slides that each case lists, in that order.
+
+    Cases of which a listed slide has no features are left out.
+    """
+    paths = zip(cases.slides["slide"], cases.slides["path"], strict=True)
+    files = {slide_key(slide): Path(path).name for slide, path in paths}
+    names = {}
+    for case, slides in zip(cases.clinical.index, cases.clinical["slides"], strict=True):
+        found = [files.get(slide_key(slide)) for slide in slides]
+        if found and all(found):
+            names[str(case)] = [name for name in found if name]
+    return names
 
 
 def _case_finder(

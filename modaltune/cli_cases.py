@@ -263,11 +263,13 @@ def export_split(
 ) -> None:
     """Write a split with its clinical records as the JSON files of the published layout."""
     from modaltune.cases_folder import CasesFolder
+    from modaltune.cases_join import feature_names
     from modaltune.published_splits import write_published_split
 
     cases = CasesFolder.open(folder)
     genes = () if cases.expression is None else tuple(cases.expression.index)
-    written = write_published_split(out, cases.split(fold), cases.clinical, with_genes=genes)
+    split, features = cases.split(fold), feature_names(cases)
+    written = write_published_split(out, split, cases.clinical, with_genes=genes, features=features)
     if as_json:
         print_json({"written": [str(path) for path in written]})
         return

@@ -100,6 +100,18 @@ def test_the_cohort_knows_where_features_lie_and_how_to_read_them(tmp_path: Path
     assert moved.cohort.slides["c1"] == (inside, there / "sub/s1.h5")
 
 
+def test_features_outside_their_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("../secret.h5", "/etc/secret.h5"):
+        slides = content().slides
+        assert slides is not None
+        slides.loc[0, "features"] = name
+        write_cases_folder(
+            tmp_path / "cases", dataclasses.replace(content(), slides=slides), replace=True
+        )
+        with pytest.raises(CohortError, match="must name features below their folder"):
+            _ = CasesFolder.open(tmp_path / "cases").cohort
+
+
 def test_only_clinical_rows_are_needed(tmp_path: Path) -> None:
     bare = dataclasses.replace(content(), expression=None, pathways=None, slides=None)
     folder = write_cases_folder(tmp_path / "cases", bare)

@@ -55,6 +55,11 @@ def test_build_show_and_export(raw: Path, tmp_path: Path) -> None:
     run("export-split", out, "--out", tmp_path / "split")
     records = json.loads((tmp_path / "split" / "test.json").read_text())["data"]
     assert {record["case_submitter_id"] for record in records} == set(folder.split().test)
+    with_slide = [record for record in records if record["slide_submitter_id"]]
+    assert len(with_slide) > 5
+    for record in with_slide:
+        assert record["features_path"] == f"{record['slide_submitter_id']}.h5"
+        assert record["slide_submitter_id"].startswith(record["case_submitter_id"])
     files = [tmp_path / "split" / f"{part}.json" for part in ("train", "val", "test")]
     again = run("build", "--published-split", *files, "--expression", raw / "raw/xena.tsv",
                 "--out", tmp_path / "again", "--json")  # fmt: skip
