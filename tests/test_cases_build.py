@@ -23,7 +23,7 @@ from modaltune.fitting import fit_preprocessing
 from modaltune.omics import read_expression
 from modaltune.published_splits import write_published_split
 from modaltune.splits import source_site
-from modaltune.testing_cohort import CASES, GENES, NO_GENES, NO_SLIDES, write_raw_cohort
+from modaltune.testing_raw_cohort import CASES, GENES, NO_GENES, NO_SLIDES, write_raw_cohort
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from modaltune.cases_folder import CasesFolder
 from modaltune.cases_request import CasesRequest
 from modaltune.cli import app
 from modaltune.errors import InputError
-from modaltune.testing_cohort import CASES, write_raw_cohort
+from modaltune.testing_raw_cohort import CASES, write_raw_cohort
 
 
 @pytest.fixture(scope="module")

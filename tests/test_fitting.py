@@ -19,7 +19,7 @@ from modaltune.gene_scaler import GeneScaler
 from modaltune.labels import SurvivalBins
 from modaltune.preprocessing import Preprocessing
 from modaltune.splits import Split
-from modaltune.testing_cohort import write_raw_cohort
+from modaltune.testing_raw_cohort import write_raw_cohort
 
 Change = Callable[[CasesContent, list[str], np.random.Generator], CasesContent]
 
