@@ -207,6 +207,24 @@ def test_follow_ups_of_json_count_and_age_can_come_in_days(tmp_path: Path) -> No
     assert row["age"] == 60
 
 
+def test_older_json_has_the_barcode_in_the_ids_of_its_parts(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "c.json", PATIENTS[:2])
+    cases = json.loads(path.read_text())
+    for case in cases:
+        name = case.pop("submitter_id")
+        case["demographic"]["submitter_id"] = f"{name}_demographic"
+    path.write_text(json.dumps(cases))
+    assert list(read_clinical(path).index) == ["TCGA-A1-0001", "TCGA-A2-0001"]
+    del cases[0]["demographic"]["submitter_id"]
+    cases[0]["diagnoses"][0]["submitter_id"] = "TCGA-A1-0001_diagnosis2"
+    path.write_text(json.dumps(cases))
+    assert list(read_clinical(path).index) == ["TCGA-A1-0001", "TCGA-A2-0001"]
+    del cases[0]["diagnoses"][0]["submitter_id"]
+    path.write_text(json.dumps(cases))
+    with pytest.raises(CohortError, match="or a list of GDC cases, got another structure"):
+        read_clinical(path)
+
+
 def test_rows_that_contradict_each_other_or_break_are_refused(tmp_path: Path) -> None:
     path = write_old_tsv(
         tmp_path / "c.tsv", [patient(1), patient(1, demographic={"gender": "male"})]
