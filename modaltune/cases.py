@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,21 @@ def pack_cases(
 
 
 @dataclass(frozen=True)
+class SlideReading:
+    """What a feature file does not say of itself (see `modaltune.engine.store.read_features`).
+
+    Attributes:
+        base_mpp: Microns per level-0 px, where known from elsewhere.
+        target_mpp: Microns per px of the tiles; taken where the file does not say it.
+        encoder: Which features to take where the file holds several.
+    """
+
+    base_mpp: float | None = None
+    target_mpp: float | None = None
+    encoder: str | None = None
+
+
+@dataclass(frozen=True)
 class Cohort:
     """The cases of a study as they lie on disk, joined by case id, never by row.
 
@@ -160,11 +175,13 @@ class Cohort:
         slides: Feature files by case; a case without images has none.
         expression: Case x gene table, or None.
         clinical: Rows of `read_clinical` by case, or None.
+        reading: How to read those feature files that need telling.
     """
 
     slides: Mapping[str, tuple[Path, ...]]
     expression: pd.DataFrame | None = None
     clinical: pd.DataFrame | None = None
+    reading: Mapping[Path, SlideReading] = field(default_factory=dict)
 
     @property
     def case_ids(self) -> tuple[str, ...]:
@@ -176,7 +193,13 @@ class Cohort:
 
     def read_slides(self, case_id: str) -> tuple[TileFeatures, ...]:
         """Read the tile features of one case, verified."""
-        return tuple(read_features(path) for path in self.slides.get(case_id, ()))
+        return tuple(self.read_slide(path) for path in self.slides.get(case_id, ()))
+
+    def read_slide(self, path: Path) -> TileFeatures:
+        """Read the tile features of one file, verified, told what the file does not say."""
+        told = self.reading.get(path, SlideReading())
+        slide = read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
+        return replace(slide, target_mpp=slide.target_mpp or told.target_mpp)
 
     def rows(self, table: pd.DataFrame | None, case_ids: Iterable[str]) -> pd.DataFrame | None:
         """Return the rows of those cases that a table has, or None when it has none of them.
