@@ -156,10 +156,13 @@ def part_rows(parts: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[l
 
 
 def render_parts(parts: Sequence[Mapping[str, Mapping[str, Any]]], console: Console) -> None:
-    """Print the counts of every fold."""
+    """Print the counts of every fold, a column per part: so they fit the narrowest screen."""
     for number, counts in enumerate(parts):
         title = f"Cases, fold {number}" if len(parts) > 1 else "Cases"
-        console.print(_table(title, *part_rows(counts)))
+        header, rows = part_rows(counts)
+        names, *columns = zip(*rows, strict=True)
+        turned = [(name, *values) for name, values in zip(header[1:], columns, strict=True)]
+        console.print(_table(title, ("", *map(str, names)), turned))
 
 
 def gene_lines(genes: Mapping[str, Any]) -> list[tuple[str, object]]:
@@ -186,7 +189,8 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]])
     from rich.markup import escape
     from rich.table import Table
 
-    table, cells = Table(title=title, title_justify="left"), [list(row) for row in rows]
+    cells = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     for k, name in enumerate(columns):
         is_number = bool(cells) and all(isinstance(row[k], int) for row in cells)
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
