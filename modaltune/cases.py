@@ -16,6 +16,7 @@ from modaltune.config import PositionConvention
 from modaltune.engine.store import TileFeatures, read_features
 from modaltune.errors import CohortError, FeatureFileError, InputError
 from modaltune.preprocessing import Preprocessing
+from modaltune.targets import Targets
 
 SLIDE_GAP_PX = 1500  # between slides of one case, as published
 
@@ -240,7 +241,8 @@ class PreparedCases:
 
     Args:
         cases: In memory; tile features may be memory maps.
-        targets: `[n, T, out_features]` unit rows, or None for cases that are only embedded.
+        targets: Of each case, or text rows `[n, T, out_features]` alone; None for cases that are
+            only embedded.
         convention: How positions are counted.
         in_features: Tile feature width of the model.
     """
@@ -248,13 +250,15 @@ class PreparedCases:
     def __init__(
         self,
         cases: Sequence[Case],
-        targets: Tensor | None,
+        targets: Targets | Tensor | None,
         convention: PositionConvention,
         in_features: int,
     ) -> None:
-        if targets is not None and targets.shape[0] != len(cases):
+        if isinstance(targets, Tensor):
+            targets = Targets.of_text(targets)
+        if targets is not None and len(targets) != len(cases):
             raise CohortError(
-                f"targets must have one row per case ({len(cases)}), got {targets.shape[0]}"
+                f"targets must have one row per case ({len(cases)}), got {len(targets)}"
             )
         self._cases, self._targets = list(cases), targets
         self._convention, self._in_features = convention, in_features
@@ -267,12 +271,12 @@ class PreparedCases:
         chosen = [self._cases[i] for i in indices]
         return pack_cases(chosen, self._convention, self._in_features)
 
-    def targets(self, indices: Sequence[int]) -> Tensor:
-        """Return `[B, T, out_features]` target rows of some cases.
+    def targets(self, indices: Sequence[int]) -> Targets:
+        """Return the targets of some cases.
 
         Raises:
             CohortError: These cases carry no targets.
         """
         if self._targets is None:
             raise CohortError("cases must carry targets to train on, got none; embed their labels")
-        return self._targets[list(indices)]
+        return self._targets.rows(indices)
