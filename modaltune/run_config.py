@@ -58,7 +58,7 @@ class InputsSection(_Section):
     tile_limit: Literal["all", "random"] = Field(
         "random",
         description="all: every tile; random: at most max_tiles of a case, drawn once per case "
-        "and seed, in training and evaluation alike",
+        "and seed, in training and validation alike",
     )
     max_tiles: int = Field(
         25_000, gt=0, description="tiles of a case under the limit; published: 25,000, TITAN 15,000"
@@ -141,7 +141,7 @@ class OutputSection(_Section):
     keep_last: int = Field(2, gt=0, description="checkpoints kept, beside the best one")
     tensorboard: bool = Field(False, description="also write metrics for TensorBoard")
     wandb: str | None = Field(
-        None, description="also send metrics to this Weights & Biases project"
+        None, description="send metrics to this Weights & Biases project, too"
     )
 
 
