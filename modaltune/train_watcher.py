@@ -13,6 +13,7 @@ import torch
 
 from modaltune.engine.atomic import fsync_folder
 from modaltune.errors import CheckpointError
+from modaltune.kernels import pin_products, product_choice, product_libraries
 from modaltune.run_config import RunConfig
 from modaltune.train import EpochLog, Part, Training, Watcher
 from modaltune.train_checkpoint import (
@@ -104,6 +105,7 @@ class RunWatcher(Watcher):
             check_same(saved, self.config, self.facts)
             restore(saved, training)
             self.choice = Choice(**saved.state["facts"]["choice"])
+            _same_products(saved.state["facts"]["products"])
             logger.info("going on after %d steps", saved.state["steps"])
         steps = self._steps(training)
         if training.accelerator.is_main_process:
@@ -194,6 +196,7 @@ class RunWatcher(Watcher):
     def _write(self, training: Training, steps: int) -> None:
         facts = {**self.facts, "config": self.config.model_dump(mode="json")}
         facts["choice"] = vars(self.choice)
+        facts["products"] = product_choice().library
         written = write_checkpoint(self.folder, training, steps, facts)
         if written is not None:
             prune_checkpoints(self.folder, self.config.output.keep_last, self.choice.checkpoint)
@@ -222,6 +225,19 @@ class RunWatcher(Watcher):
         if self.choice.checkpoint is None:
             return newest_checkpoint(self.folder)
         return read_checkpoint(self.folder / f"{self.choice.checkpoint}.json")
+
+
+def _same_products(library: str) -> None:
+    """Compute frozen products with the library the run was begun with: others round otherwise."""
+    if product_choice().library == library:
+        return
+    if library in product_libraries():
+        pin_products(library)
+    else:
+        logger.warning(
+            "%s, which the run was begun with, is not here: it goes on with %s, and its last bits "
+            "may differ from an unbroken run's", library, product_choice().library,
+        )  # fmt: skip
 
 
 def check_same(saved: Saved, config: RunConfig, facts: Mapping[str, Any]) -> None:
