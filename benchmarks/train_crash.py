@@ -141,6 +141,8 @@ def kill_runs(kills: int, seed: int, folder: Path, epochs: int = 3) -> TrainCras
             wait(child)
             result.kills += 1
             _note(out, result)
+            if (out / "run.json").is_file():
+                break  # killed on its way out
         if not (out / "run.json").is_file():
             _finish(config, out, folder / "log")
         result.finished += 1

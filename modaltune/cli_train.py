@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def train(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         raise typer.Exit(INTERRUPTED) from None
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # the first process speaks for all
     chosen = run.info["chosen"]
     summary = {
         "out": str(read.output.folder),

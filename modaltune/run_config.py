@@ -125,7 +125,9 @@ class TrainingSection(TrainConfig):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is")
     validate_every: int = Field(1, gt=0, description="epochs between validations")
     early_stop: int = Field(
-        0, ge=0, description="validations without a better one after which training ends; 0: never"
+        0,
+        ge=0,
+        description="validations without a better one after which training ends; 0: never",
     )
     cases_per_batch: int = Field(1, gt=0, description="cases embedded at once in validation")
 

@@ -58,7 +58,7 @@ def write_training_cases(
 ) -> Path:
     """Write a small cases folder with feature files, and embeddings of its labels beside it.
 
-    Class and risk follow from the first gene; every fifth case has two slides, every seventh no
+    Class and risk follow from the first genes; every fifth case has two slides, every seventh no
     slide, every sixth no genes.
 
     Args:
@@ -76,7 +76,7 @@ def write_training_cases(
     ids = [f"{prefix}{i:03d}" for i in range(sum(parts))]
     classes = np.arange(len(ids)) % 2
     genes = rng.normal(size=(len(ids), 8))
-    genes[:, 0] += 3 * classes
+    genes[:, :3] += 2.5 * classes[:, None]
     slides = []
     for i, case in enumerate(ids):
         for name in [] if i % 7 == 6 else [f"{case}-A", *([f"{case}-B"] if i % 5 == 4 else [])]:
@@ -104,7 +104,8 @@ def write_training_cases(
         slides=table,
         splits=[Split(*(tuple(part) for part in np.split(ids, np.cumsum(parts)[:-1])))],
     )
-    rows = {case: rng.normal(size=(4, 12)) + 2 * classes[i] for i, case in enumerate(ids)}
+    side = rng.normal(size=(2, 4, 12))
+    rows = {case: 0.3 * rng.normal(size=(4, 12)) + side[classes[i]] for i, case in enumerate(ids)}
     PrecomputedText.from_arrays(rows).save(folder / "text.safetensors")
     return write_cases_folder(folder / "cases", content).path
 

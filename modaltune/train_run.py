@@ -74,6 +74,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
             raise
         clock = watcher.clock
         watcher.finish(log)
+    accelerator.wait_for_everyone()
     best = watcher.best()
     if best is not None:
         load_tuned(model, best)

@@ -44,23 +44,24 @@ class Choice:
         value: Its value.
         epoch: Epochs done then.
         checkpoint: Stem of its checkpoint.
-        worse: Validations since that were worse.
+        stale: Validations since one was better than all before.
     """
 
     by: str | None = None
     value: float | None = None
     epoch: int = 0
     checkpoint: str | None = None
-    worse: int = 0
+    stale: int = 0
 
     def offer(self, found: Mapping[str, Any], epoch: int) -> bool:
         """Take note of a validation; whether it is at least as good as the best one."""
         by = self.by or next((n for n in CHOSEN_BY if found.get(n) is not None), None)
         value = None if by is None else found.get(by)
+        is_better = value is not None and (self.value is None or value > self.value)
+        self.stale = 0 if is_better else self.stale + 1
         if by is not None and (value is None or (self.value is not None and value < self.value)):
-            self.worse += 1
             return False
-        self.by, self.value, self.epoch, self.worse = by, value, epoch, 0
+        self.by, self.value, self.epoch = by, value, epoch
         return True
 
 
@@ -117,7 +118,7 @@ class RunWatcher(Watcher):
 
     def _ends_early(self) -> bool:
         patience = self.config.training.early_stop
-        return bool(patience) and self.choice.worse >= patience
+        return bool(patience) and self.choice.stale >= patience
 
     def _steps(self, training: Training) -> int:
         return training.epoch * self._per_epoch + training.step
