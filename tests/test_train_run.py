@@ -72,11 +72,11 @@ def test_a_run_folder_holds_everything(cases: Path, tmp_path: Path) -> None:
 
 def test_the_loss_falls_and_validation_learns_what_can_be_learned(tmp_path: Path) -> None:
     cases = write_training_cases(tmp_path, parts=(40, 20, 0))
-    sets = ("training.epochs=12", "training.lr=3e-3", "inputs.image=false")
+    sets = ("training.epochs=12", "training.lr=1e-2", "inputs.image=false")
     run_training(tiny_run_config([cases], tmp_path / "run", *sets))
     epochs = records(tmp_path / "run", "epoch")
     assert epochs[-1]["loss"] < 0.6 * epochs[0]["loss"]
-    assert max(r["balanced_accuracy"] for r in records(tmp_path / "run", "validation")) >= 0.8
+    assert max(r["balanced_accuracy"] for r in records(tmp_path / "run", "validation")) >= 0.9
 
 
 def test_several_folders_are_one_pan_cancer_run(cases: Path, tmp_path: Path) -> None:
