@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +174,12 @@ class SlideReading:
 
     Attributes:
         base_mpp: Microns per level-0 px, where known from elsewhere.
+        target_mpp: Microns per px of the tiles; taken where the file does not say it.
         encoder: Which features to take where the file holds several.
     """
 
     base_mpp: float | None = None
+    target_mpp: float | None = None
     encoder: str | None = None
 
 
@@ -212,7 +214,8 @@ class Cohort:
     def read_slide(self, path: Path) -> TileFeatures:
         """Read the tile features of one file, verified, told what the file does not say."""
         told = self.reading.get(path, SlideReading())
-        return read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
+        slide = read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
+        return replace(slide, target_mpp=slide.target_mpp or told.target_mpp)
 
     def rows(self, table: pd.DataFrame | None, case_ids: Iterable[str]) -> pd.DataFrame | None:
         """Return the rows of those cases that a table has, or None when it has none of them.

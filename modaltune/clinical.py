@@ -27,6 +27,7 @@ from modaltune.tables import OnDrop, is_missing, name_few, open_text, read_heade
 __all__ = [
     "COLUMNS",
     "PROJECT_SITES",
+    "REFERENCE_NAMES",
     "ClinicalEncoder",
     "ClinicalFeatures",
     "read_clinical",
@@ -71,7 +72,8 @@ PROJECT_SITES = {
 
 _KIND = "a readable clinical table (CSV, GDC TSV or JSON, or JSON records of a published split)"
 _Records = list[tuple[str, dict[str, Any]]]
-_REFERENCE_NAMES = {
+#: Names of a published record and ours.
+REFERENCE_NAMES = {
     "case_id": "case_uuid",
     "case_submitter_id": "case_id",
     "project_id": "project",
@@ -98,6 +100,7 @@ def read_clinical(
     death_without_date: DeathWithoutDate = "censor",
     exclude: Collection[str] = (),
     on_drop: OnDrop | None = None,
+    allow_empty: bool = False,
 ) -> pd.DataFrame:
     """Read clinical records as one row per case.
 
@@ -115,6 +118,7 @@ def read_clinical(
             the last follow-up, "drop" the case, or as "published", died at the last follow-up.
         exclude: Cases to leave unread.
         on_drop: Told what was not taken as it stood, and of which cases.
+        allow_empty: Give an empty table for a file without cases instead of refusing it.
 
     Returns:
         Index `case_id` (unique, in order of appearance), columns `COLUMNS`: `age` (years),
@@ -142,7 +146,7 @@ def read_clinical(
         slide = _text(record.get("slide"), case)
         parsed["slides"] = () if slide is None else (slide,)
         cases[case] = _merge(cases[case], parsed, case, path) if case in cases else parsed
-    if not cases:
+    if not cases and not allow_empty:
         raise CohortError(f"{path} must hold at least one case, got none; check the file")
     index = pd.Index(list(cases), name="case_id")
     table = pd.DataFrame(list(cases.values()), index=index, columns=list(COLUMNS))
@@ -183,7 +187,7 @@ def _reference_records(content: Any, path: Path) -> _Records:
         )
     records = []
     for number, raw in enumerate(data, start=1):
-        record = {ours: raw.get(name) for name, ours in _REFERENCE_NAMES.items()}
+        record = {ours: raw.get(name) for name, ours in REFERENCE_NAMES.items()}
         record["site"] = PROJECT_SITES.get(str(raw.get("project_id")))
         records.append((f"record {number}", record))
     return records
