@@ -64,16 +64,22 @@ class InputsSection(_Section):
         25_000, gt=0, description="tiles of a case under the limit; published: 25,000, TITAN 15,000"
     )
     tile_seed: int = Field(0, ge=0, description="of the random tiles")
-    fit_on: Literal["train", "all"] = Field(
+    fit_on: Literal["train", "published"] = Field(
         "train",
-        description="cases that scalers, encoders and survival bins are fitted on; all: as "
-        "published, validation and test included",
+        description="cases that scalers, encoders and survival bins are fitted on; published: "
+        "validation and test, too",
     )
     clip_quantiles: tuple[float, float] | None = Field(
         (0.001, 0.999), description="quantiles of a gene to clip at; none: no clipping, published"
     )
+    gene_gaps: Literal["error", "mean"] = Field(
+        "error", description="a missing expression value; mean: the gene's training mean"
+    )
     empty_pathways: Literal["drop", "error"] = Field(
         "drop", description="a pathway none of whose genes was measured"
+    )
+    unseen_categories: Literal["own_code", "error"] = Field(
+        "own_code", description="a clinical category that training cases do not have"
     )
 
 

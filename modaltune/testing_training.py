@@ -86,7 +86,9 @@ def write_training_cases(
             small_features(path, item, tiles=count, width=width)
             slides.append((case, name, str(path.parent), path.name, "modaltune", count, width))
     columns = ["case_id", "slide", "root", "features", "producer", "tiles", "width"]
-    table = pd.DataFrame(slides, columns=columns).assign(encoder="small", base_mpp=0.5)
+    table = pd.DataFrame(slides, columns=columns).assign(
+        encoder="small", base_mpp=0.5, target_mpp=0.5
+    )
     frame = pd.DataFrame(index=pd.Index(ids, name="case_id"), columns=list(COLUMNS), dtype=object)
     frame["project"], frame["site"], frame["sex"] = "TEST", "breast", "female"
     frame["age"] = rng.uniform(30, 80, len(ids))

@@ -17,15 +17,13 @@ from torch import Tensor
 from modaltune.batch import CaseBatch
 from modaltune.cases import Case, Cohort, Rows, SlideReading, modality_values, pack_cases
 from modaltune.cases_folder import CasesFolder
-from modaltune.clinical_encoder import ClinicalEncoder
 from modaltune.config import PositionConvention
 from modaltune.engine.store import open_features
 from modaltune.engine.tile_features import TileFeatures
 from modaltune.errors import CohortError
-from modaltune.gene_scaler import GeneScaler
-from modaltune.labels import SurvivalBins
-from modaltune.pathways import PathwayIndex, PathwayTable
-from modaltune.preprocessing import Preprocessing, TileRecipe
+from modaltune.fitting import fit_preprocessing
+from modaltune.pathways import PathwayTable
+from modaltune.preprocessing import Preprocessing
 from modaltune.run_config import InputsSection
 from modaltune.splits import Split
 from modaltune.tables import name_few
@@ -112,48 +110,43 @@ def _shared_genes(folders: Sequence[CasesFolder]) -> pd.DataFrame | None:
 
 
 def fit_inputs(
-    pooled: PooledCases,
-    case_ids: Sequence[str],
-    inputs: InputsSection,
-    *,
-    stage_in_targets: bool = True,
+    pooled: PooledCases, inputs: InputsSection, *, stage_in_targets: bool = True
 ) -> Preprocessing:
-    """Fit everything beside the weights on some cases, and on nothing else.
+    """Fit what stands beside the weights, and miss nothing that was asked for.
 
     Args:
-        pooled: All cases.
-        case_ids: Those to fit on: the training split.
+        pooled: All cases and their split.
         inputs: Which inputs there are, and the policies.
         stage_in_targets: Whether a target sentence holds the stage, worth a warning beside it as
             an input (REQUIREMENTS 37).
 
     Raises:
-        CohortError: An input asked for is in none of these cases.
+        CohortError: An input asked for is in none of the cases fitted on.
     """
-    cohort, clinical = pooled.cohort, pooled.clinical.loc[list(case_ids)]
-    index, scaler, recipe, encoder, bins = None, None, None, None, None
-    if inputs.genes:
-        expression = cohort.rows(cohort.expression, case_ids)
-        if expression is None or pooled.pathways is None:
-            raise CohortError(
-                "inputs.genes needs expression and pathways of training cases, got none; build the "
-                "cases folder with both, or set inputs.genes = false"
-            )
-        index = PathwayIndex.build(pooled.pathways, expression.columns, inputs.empty_pathways)
-        scaler = GeneScaler.fit(expression[list(index.genes)], inputs.clip_quantiles)
-    if inputs.image:
-        first = next((p for case in case_ids for p in cohort.slides.get(case, ())), None)
-        if first is None:
-            raise CohortError(
-                "inputs.image needs feature files of training cases, got none; build the cases "
-                "folder with --features, or set inputs.image = false"
-            )
-        recipe = TileRecipe.of(open_mapped(cohort, first))
-    if inputs.clinical != "none":
-        encoder = ClinicalEncoder.fit(clinical, inputs.clinical, stage_in_targets=stage_in_targets)
-    if clinical["survival_months"].notna().any():
-        bins = SurvivalBins.fit(clinical["survival_months"])
-    return Preprocessing(recipe, index, scaler, encoder, bins)
+    fitted = fit_preprocessing(
+        pooled,
+        pooled.split,
+        fitted_on=inputs.fit_on,
+        use_genes=inputs.genes,
+        use_slides=inputs.image,
+        clinical=None if inputs.clinical == "none" else inputs.clinical,
+        clip_quantiles=inputs.clip_quantiles,
+        gene_gaps=inputs.gene_gaps,
+        empty_pathways=inputs.empty_pathways,
+        unseen=inputs.unseen_categories,
+        stage_in_targets=stage_in_targets,
+    )
+    if inputs.genes and fitted.pathways is None:
+        raise CohortError(
+            "inputs.genes needs expression and pathways of training cases, got none; build the "
+            "cases folder with both, or set inputs.genes = false"
+        )
+    if inputs.image and fitted.tiles is None:
+        raise CohortError(
+            "inputs.image needs feature files of training cases, got none; build the cases "
+            "folder with --features, or set inputs.image = false"
+        )
+    return fitted
 
 
 def open_mapped(cohort: Cohort, path: Path) -> TileFeatures:

@@ -74,10 +74,9 @@ def prepare(config: RunConfig) -> Prepared:
     split = pooled.split
     if not split.train:
         raise InputError("the split must hold training cases, got none; choose another cases.fold")
-    fitted_on = split.train if config.inputs.fit_on == "train" else split.case_ids
     rows = config.text_rows
     has_stage = bool(_ROWS_WITH_STAGE & set(rows)) and bool(pooled.clinical["stage"].notna().any())
-    preprocessing = fit_inputs(pooled, fitted_on, config.inputs, stage_in_targets=has_stage)
+    preprocessing = fit_inputs(pooled, config.inputs, stage_in_targets=has_stage)
     text, provenance = _text(config, pooled, split.train, preprocessing)
     torch.manual_seed(config.training.seed)  # whatever loading the text encoder drew
     model = build_model(config, preprocessing)

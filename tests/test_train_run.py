@@ -143,9 +143,11 @@ def test_nothing_outside_the_training_split_changes_what_is_fitted(
     assert b is not None
     assert torch.equal(a.text, b.text)
     assert one.facts["frozen_weights"] == two.facts["frozen_weights"]
-    published = prepare(tiny_run_config([other], tmp_path / "run", *sets, "inputs.fit_on=all"))
+    published = prepare(
+        tiny_run_config([other], tmp_path / "run", *sets, "inputs.fit_on=published")
+    )
     assert published.run.preprocessing.to_dict() != two.run.preprocessing.to_dict()
-    assert published.run.info["fit_on"] == "all"
+    assert published.run.info["fit_on"] == "published"
 
 
 def test_the_sentences_of_training_cases_do_not_depend_on_others(
