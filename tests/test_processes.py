@@ -16,7 +16,8 @@ from modaltune.errors import InputError
 from modaltune.learner import ModalTuneLearner
 from modaltune.processes import SCALER_START, make_accelerator
 from modaltune.testing_training import tiny_run_config, write_training_cases
-from modaltune.train import TrainConfig
+from modaltune.train import TrainConfig, Training, train_step
+from modaltune.train_checkpoint import newest_checkpoint, restore, write_checkpoint
 from modaltune.train_prepare import prepare
 from modaltune.train_run import run_training
 
@@ -68,7 +69,7 @@ def test_half_precision_needs_what_can_train_in_it(tmp_path: Path) -> None:
 
 def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     cases = write_training_cases(tmp_path, parts=(6, 2, 0))
-    full = run_training(tiny_run_config([cases], tmp_path / "full", "training.epochs=1"))
+    run_training(tiny_run_config([cases], tmp_path / "full", "training.epochs=1"))
     half = run_training(
         tiny_run_config([cases], tmp_path / "half", "training.epochs=1", "training.precision=bf16")
     )
@@ -76,4 +77,35 @@ def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
     a, b = losses(tmp_path / "full"), losses(tmp_path / "half")
     assert a != b  # products ran in bfloat16
     assert b == pytest.approx(a, rel=0.05)
-    del full
+
+
+def test_a_gradient_scaler_changes_no_step_skips_an_overflow_and_is_saved(tmp_path: Path) -> None:
+    """What fp16 adds on a GPU, tried with torch's scaler for CPUs."""
+    cases = write_training_cases(tmp_path, parts=(4, 2, 0))
+    config = tiny_run_config([cases], tmp_path / "run", "training.loss_factor=1e5")
+    weights, trainings = [], []
+    for is_scaled in (False, True):
+        ready = prepare(config)
+        learner = ModalTuneLearner(ready.run.model, config.training)
+        accelerator = make_accelerator(learner, config.training)
+        if is_scaled:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALER_START)
+        training = Training.begin(learner, config.training, accelerator)
+        part = (ready.train.batch([0, 1]), ready.train.targets([0, 1]))
+        train_step(learner, training.optimizer, [part], accelerator)
+        weights.append([p.clone() for p in learner.trainable_parameters()])
+        trainings.append(training)
+    for plain, scaled in zip(*weights, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-8)
+    scaler = training.accelerator.scaler
+    scaler.update(2.0**127)  # gradients in the thousands times this are infinite
+    train_step(learner, training.optimizer, [part], accelerator)
+    for now, before in zip(learner.trainable_parameters(), weights[1], strict=True):
+        assert torch.equal(now, before)
+    assert scaler.get_scale() == 2.0**126
+    write_checkpoint(tmp_path / "checkpoints", training, 2, {})
+    saved = newest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    scaler.update(8.0)
+    restore(saved, training)
+    assert scaler.get_scale() == 2.0**126

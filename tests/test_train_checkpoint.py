@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from modaltune.cli import app
+from modaltune.config_text import to_toml
 from modaltune.errors import CheckpointError
 from modaltune.learner import ModalTuneLearner
 from modaltune.run_config import RunConfig
@@ -214,3 +217,24 @@ def test_a_changed_configuration_is_refused_by_name(
         run_training(changed)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
     run_training(config(cases, out, "output.keep_last=5"))  # how much is kept is free
+
+
+def test_a_stopped_command_says_how_to_go_on(
+    cases: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text(to_toml(config(cases, tmp_path / "run")))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        patch.setattr("sys.argv", ["modaltune", "train", str(path)])
+        stopped = CliRunner().invoke(app, ["train", str(path)])
+    assert stopped.exit_code == 130
+    said = " ".join(stopped.stderr.split())
+    assert (
+        f"stopped after 4 steps; a checkpoint is written. To go on: modaltune train {path}" in said
+    )
+    done = CliRunner().invoke(app, ["train", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "the slide encoder of this model is random" in done.stdout
+    run = tmp_path / "run" / "model.safetensors"
+    assert run.read_bytes() == (unbroken / "model.safetensors").read_bytes()
