@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modaltune.batch import CaseBatch
@@ -17,32 +16,22 @@ from modaltune.kernels.ranges import stage_range
 from modaltune.model import ModalTune
 from modaltune.schedule import learning_rate
 from modaltune.targets import distillation_loss
+from modaltune.train_config import TrainConfig
+
+__all__ = [
+    "EpochLog",
+    "TrainConfig",
+    "TrainingCases",
+    "accumulate_gradients",
+    "compute_loss",
+    "embed_cases",
+    "fit",
+    "make_optimizer",
+    "train_step",
+]
 
 # Tiles of a batch from which on its freed activations are worth a call to the C library.
 TRIMMED_BYTES = 2**20
-
-
-class TrainConfig(BaseModel):
-    """Every knob of training; the defaults are the published recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(20, gt=0)
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    warmup_epochs: int = Field(10, ge=0, description="epochs of linear warm-up")
-    warmup_factor: float = Field(20.0, ge=1, description="warm-up starts at lr / this")
-    weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    temperature: float = Field(1.0, gt=0, description="of the distillation softmax")
-    loss_factor: float = Field(10.0, gt=0, description="weight of the distillation loss")
-    cases_per_step: int = Field(1, gt=0, description="cases per optimiser step; published: 1")
-    task_backward: Literal["sequential", "joint"] = Field(
-        "sequential",
-        description="sequential: backward after each pass of the trunk, so that the activations "
-        "of one live at a time; joint: after all",
-    )
-    seed: int = Field(0, ge=0)
 
 
 class TrainingCases(Protocol):
