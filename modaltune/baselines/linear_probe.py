@@ -66,7 +66,7 @@ class LinearProbe(Baseline):
                     f"slide_encoder must be given and read tiles of width {tile_width} to probe "
                     f"slide vectors, got {got}; pass the encoder, or features='mean'"
                 )
-            self.slide_encoder = slide_encoder.requires_grad_(False)
+            self.slide_encoder = slide_encoder.requires_grad_(False).eval()
             self.width += slide_encoder.width
 
     def train(self, mode: bool = True) -> LinearProbe:
