@@ -199,6 +199,20 @@ class SupervisedLearner:
         backward(loss)
         return loss.detach()
 
+    def fit_baseline(self, risk: Tensor, targets: Targets) -> None:
+        """Fit the baseline hazard of a trained Cox head; a hazard head needs none.
+
+        Args:
+            risk: `[n]` predicted for the training cases.
+            targets: Of the same cases.
+
+        Raises:
+            ProbeError: No death, or the risk does not vary.
+        """
+        head = self.model.survival_head
+        if isinstance(head, CoxHead):
+            head.fit_baseline(risk, targets.durations, targets.events)
+
     @torch.inference_mode()
     def embed(self, batch: CaseBatch) -> Tensor:
         """Return embeddings `[B, 1, d]` float32 without a graph, in whatever mode the model is."""
