@@ -25,6 +25,7 @@ from modaltune.engine.store import open_features
 from modaltune.evaluate import balanced_accuracy, bootstrap_interval, harrell_c_index
 from modaltune.gene_scaler import GeneScaler
 from modaltune.labels import TASK_ROWS, SurvivalBins, label_cohort
+from modaltune.learner import ModalTuneLearner
 from modaltune.modalities import GeneConfig, PathwayNetworks
 from modaltune.model import ModalTune
 from modaltune.pathways import PathwayIndex, PathwayTable
@@ -201,7 +202,7 @@ class DemoStudy(BaseModel):
         projector = TextProjector(data.text.width, self.out_features, seed=seed)
         targets = projector.project(self._targets(data, train))[:, list(TASK_ROWS)]
         recipe = self.training.model_copy(update={"seed": seed})
-        fit(model, self._packed(model, cases, targets), recipe)
+        fit(ModalTuneLearner(model, recipe), self._packed(model, cases, targets), recipe)
         return Run(model.eval(), prepared, projector, {"inputs": inputs})
 
     def final_run(self, data: StudyData, info: Mapping[str, Any]) -> Run:

@@ -70,7 +70,7 @@ def write_old_tsv(path: Path, patients: list[dict[str, Any]], shuffle: int = 0) 
         for treatment in TREATMENTS
     ]
     random.Random(shuffle).shuffle(rows)
-    pd.DataFrame(rows).to_csv(path, sep="\t", index=False, na_rep=MISSING)
+    pd.DataFrame(rows, dtype=object).to_csv(path, sep="\t", index=False, na_rep=MISSING)
     return path
 
 
@@ -90,7 +90,7 @@ def write_new_tsv(path: Path, patients: list[dict[str, Any]]) -> Path:
         for diagnosis in p["diagnoses"]
         for treatment in TREATMENTS
     ]
-    pd.DataFrame(rows).to_csv(path, sep="\t", index=False, na_rep=MISSING)
+    pd.DataFrame(rows, dtype=object).to_csv(path, sep="\t", index=False, na_rep=MISSING)
     return path
 
 
