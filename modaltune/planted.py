@@ -1,14 +1,14 @@
 """A planted cohort of tile features and genes, in which neither modality suffices.
 
-Every case has two grades and two activities, standard normal and independent. A *grade* shows in
-the tiles of one pattern (5 % of the tiles), an *activity* in the genes of one pathway (of 30). With
-the defaults, for the grade g and the activity a of the class, and those of the risk likewise:
+Every case has two grades and two activities, standard normal. A *grade* shows in the tiles of one
+pattern (5 % of the tiles), an *activity* in the genes of one pathway (of 30). With the defaults,
+for the grade g and the activity a of the class (correlation -0.3), and those of the risk likewise:
 
-    class 1 with probability sigmoid(8 (g + a + 0.5 g a))
-    log hazard = 2 (g + a + 0.5 g a), Weibull times of median 40 months, uniform censoring
+    class 1 with probability sigmoid(9 (g + a + 0.5 g a))
+    log hazard = 2.5 (g + a + 0.5 g a), Weibull times of median 40 months, uniform censoring
 
-The best predictor that knows a modality exactly reaches a balanced accuracy of about 0.75 and a
-c-index of 0.76; both together 0.95 and 0.9 (`modaltune.planted_truth.bayes_scores`).
+The best predictor that knows a modality exactly reaches a balanced accuracy of about 0.71 and a
+c-index of 0.72; both together 0.95 and 0.91 (`modaltune.planted_truth.bayes_scores`).
 
 Tiles are vectors of width 32: the prototype of a tissue or of a pattern (orthogonal, length 3), for
 pattern tiles the grade times 1.5 along a direction of its own, a shift of the whole slide (0.1 per
@@ -202,7 +202,9 @@ def plant(config: PlantedConfig | None = None) -> PlantedCohort:
     )
     count = config.num_train + config.num_test
     ids = [f"PLANTED-{number:04d}" for number in range(count)]
-    latents = draw_latents(count, rng_latents).set_index(pd.Index(ids, name="case_id"))
+    latents = draw_latents(config.truth, count, rng_latents).set_index(
+        pd.Index(ids, name="case_id")
+    )
     outcomes = draw_outcomes(config.truth, latents, rng_labels)
     learned = config.num_train - config.num_val
     parts = np.split(np.arange(count), [learned, config.num_train])

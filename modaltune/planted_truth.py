@@ -15,8 +15,8 @@ from modaltune.evaluate import balanced_accuracy, harrell_c_index
 
 Floats = npt.NDArray[np.float64]
 
-#: Hidden values of a case, standard normal and independent. A grade shows in the tiles of one
-#: pattern, an activity in the genes of one pathway.
+#: Hidden values of a case, standard normal; grade and activity of a pair are correlated. A grade
+#: shows in the tiles of one pattern, an activity in the genes of one pathway.
 LATENTS = ("class_grade", "class_activity", "risk_grade", "risk_activity")
 # Nodes of Gauss-Hermite quadrature over the modality that a score does not see.
 _NODES = 64
@@ -45,16 +45,18 @@ class Truth(BaseModel):
         log hazard = risk effect;  time = median * (E * exp(-risk effect) / log 2)^(1 / shape)
 
     E is standard exponential, so times are Weibull with the hazards in proportion. Censoring is
-    uniform on 0 to `censored_by_months`, whatever the case.
+    uniform on 0 to `censored_by_months`, whatever the case. A grade tends to come with a low
+    activity, so that each alone says less than half of what both say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    class_effect: Effect = Effect(scale=8.0)
-    risk_effect: Effect = Effect(scale=2.0)
+    correlation: float = Field(-0.3, gt=-1, lt=1, description="of grade and activity")
+    class_effect: Effect = Effect(scale=9.0)
+    risk_effect: Effect = Effect(scale=2.5)
     median_months: float = Field(40.0, gt=0, description="median survival of a case of risk 0")
     shape: float = Field(2.0, gt=0, description="Weibull shape; c-indices do not depend on it")
-    censored_by_months: float = Field(100.0, gt=0, description="end of uniform censoring")
+    censored_by_months: float = Field(110.0, gt=0, description="end of uniform censoring")
 
 
 class Outcomes(NamedTuple):
@@ -78,9 +80,12 @@ class BayesScores(NamedTuple):
     c_index: float
 
 
-def draw_latents(count: int, rng: np.random.Generator) -> pd.DataFrame:
+def draw_latents(truth: Truth, count: int, rng: np.random.Generator) -> pd.DataFrame:
     """Draw the hidden values `[count, 4]` of cases; columns `LATENTS`."""
-    return pd.DataFrame(rng.standard_normal((count, len(LATENTS))), columns=list(LATENTS))
+    drawn = rng.standard_normal((count, len(LATENTS)))
+    own = np.sqrt(1 - truth.correlation**2)
+    drawn[:, 1::2] = truth.correlation * drawn[:, ::2] + own * drawn[:, 1::2]
+    return pd.DataFrame(drawn, columns=list(LATENTS))
 
 
 def draw_outcomes(truth: Truth, latents: pd.DataFrame, rng: np.random.Generator) -> Outcomes:
@@ -100,7 +105,7 @@ def bayes_scores(truth: Truth, latents: pd.DataFrame, outcomes: Outcomes) -> dic
 
     Each knows its hidden values exactly. A class is predicted where its probability, averaged over
     what is not seen, exceeds the prevalence: that maximises the expected balanced accuracy. The
-    risk is the log hazard, averaged likewise; with one modality seen, it rises with its value.
+    risk is the log hazard, averaged likewise.
 
     Args:
         truth: The rule.
@@ -112,6 +117,7 @@ def bayes_scores(truth: Truth, latents: pd.DataFrame, outcomes: Outcomes) -> dic
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     weights = weights / weights.sum()
+    spread = np.sqrt(1 - truth.correlation**2)
 
     def average(effect: Effect, name: str, seen: str, link: Callable[[Floats], Floats]) -> Floats:
         """Return the mean of a link of the effect over what is not seen, `[n]`."""
@@ -119,10 +125,13 @@ def bayes_scores(truth: Truth, latents: pd.DataFrame, outcomes: Outcomes) -> dic
         activity = latents[f"{name}_activity"].to_numpy()[:, None]
         if seen == "both":
             return link(effect.value(grade, activity))[:, 0]
-        pair = (grade, nodes[None, :]) if seen == "image" else (nodes[None, :], activity)
+        known = grade if seen == "image" else activity
+        hidden = truth.correlation * known + spread * nodes[None, :]
+        pair = (known, hidden) if seen == "image" else (hidden, known)
         return link(effect.value(*pair)) @ weights
 
-    grid = truth.class_effect.value(nodes[:, None], nodes[None, :])
+    activities = truth.correlation * nodes[:, None] + spread * nodes[None, :]
+    grid = truth.class_effect.value(nodes[:, None], activities)
     prevalence = float(weights @ expit(grid) @ weights)
     scores = {}
     for seen in ("image", "genes", "both"):

@@ -111,6 +111,8 @@ class SupervisedLearner:
         InputError: There is no head at all.
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         baseline: Baseline,
@@ -120,7 +122,7 @@ class SupervisedLearner:
         class_weights: Tensor | None = None,
         survival_weight: float = 1.0,
     ) -> None:
-        self.model = SupervisedModel(baseline, num_classes, survival)
+        self.model = self._model = SupervisedModel(baseline, num_classes, survival)
         self.class_weights, self.survival_weight = class_weights, survival_weight
 
     @classmethod
@@ -184,7 +186,7 @@ class SupervisedLearner:
             if weights is not None:
                 weights = weights.to(outputs.logits)
             total = total + class_loss(_at_least_float32(outputs.logits), targets.classes, weights)
-        head = self.model.survival_head
+        head = self._model.survival_head
         if head is not None and outputs.survival is not None:
             raw = _at_least_float32(outputs.survival)
             own = head.loss(raw, targets.durations, targets.events)
@@ -195,7 +197,7 @@ class SupervisedLearner:
         self, batch: CaseBatch, targets: Targets, backward: Callable[[Tensor], None]
     ) -> Tensor:
         """See `modaltune.learner.Learner.accumulate`."""
-        loss = self.loss(self.model(batch), targets)
+        loss = self.loss(self._model(batch), targets)
         backward(loss)
         return loss.detach()
 
@@ -209,23 +211,23 @@ class SupervisedLearner:
         Raises:
             ProbeError: No death, or the risk does not vary.
         """
-        head = self.model.survival_head
+        head = self._model.survival_head
         if isinstance(head, CoxHead):
             head.fit_baseline(risk, targets.durations, targets.events)
 
     @torch.inference_mode()
     def embed(self, batch: CaseBatch) -> Tensor:
         """Return embeddings `[B, 1, d]` float32 without a graph, in whatever mode the model is."""
-        return self.model(batch).embedding.float().unsqueeze(1)
+        return self._model(batch).embedding.float().unsqueeze(1)
 
     @torch.inference_mode()
     def predict(self, batch: CaseBatch) -> Predictions:
         """Return what the heads say, in evaluation mode."""
         was_training = self.model.training
         self.model.eval()
-        outputs: Outputs = self.model(batch)
+        outputs: Outputs = self._model(batch)
         self.model.train(was_training)
-        head = self.model.survival_head
+        head = self._model.survival_head
         risk = survival = times = None
         if head is not None and outputs.survival is not None:
             raw = _at_least_float32(outputs.survival)
