@@ -93,26 +93,31 @@ def place_slides(
     Returns:
         Features `[N, D]` float32 and positions `[N, 2]` float64 `(x, y)`.
     """
-    tiles, positions, shift = [], [], 0.0
-    for slide, rows in zip(slides, kept or [None] * len(slides), strict=True):
-        if len(slide) == 0:
-            continue
-        own = scale_positions(slide, convention)
-        features = slide.features if rows is None else slide.features[rows]
-        tiles.append(torch.from_numpy(np.asarray(features, dtype=np.float32)))
-        used = own if rows is None else own[torch.from_numpy(rows)]
-        positions.append(used + torch.tensor([0.0, shift], dtype=torch.float64))
-        below = float(own[:, 1].max()) + SLIDE_GAP_PX
-        shift = below if convention == "reference" else shift + below
-    if not tiles:
+    chosen = [
+        (slide, rows, len(slide) if rows is None else len(rows))
+        for slide, rows in zip(slides, kept or [None] * len(slides), strict=True)
+        if len(slide)
+    ]
+    if not chosen:
         return torch.zeros(0, 0), torch.zeros(0, 2, dtype=torch.float64)
-    widths = {t.shape[1] for t in tiles}
+    widths = {slide.width for slide, _, _ in chosen}
     if len(widths) > 1:
         raise FeatureFileError(
             f"slides of one case must have features of one width, got {sorted(widths)} for "
             f"{', '.join(s.slide for s in slides)}; embed them with the same tile encoder"
         )
-    return torch.cat(tiles), torch.cat(positions)
+    tiles = torch.empty(sum(count for _, _, count in chosen), widths.pop())
+    positions, shift, at = [], 0.0, 0
+    for slide, rows, count in chosen:
+        # The only copy of tiles that are mapped from disk.
+        tiles[at : at + count].numpy()[:] = slide.features if rows is None else slide.features[rows]
+        at += count
+        own = scale_positions(slide, convention)
+        used = own if rows is None else own[torch.from_numpy(rows)]
+        positions.append(used + torch.tensor([0.0, shift], dtype=torch.float64))
+        below = float(own[:, 1].max()) + SLIDE_GAP_PX
+        shift = below if convention == "reference" else shift + below
+    return tiles, torch.cat(positions)
 
 
 def pack_cases(

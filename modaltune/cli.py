@@ -26,6 +26,7 @@ from modaltune.cli_parts import (
     print_json,
     reports_errors,
 )
+from modaltune.cli_train import train
 
 if TYPE_CHECKING:
     from modaltune.engine.folder import EmbedReport
@@ -304,7 +305,7 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> No
         )  # fmt: skip
 
 
-for command in (status, retry, plan, profile):
+for command in (status, retry, plan, profile, train):
     app.command()(command)
 app.command("export-encoder")(export_encoder)
 

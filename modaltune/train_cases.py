@@ -270,6 +270,28 @@ class StreamedCases:
             raise CohortError("cases must carry targets to train on, got none; embed their labels")
         return self.all_targets.rows(indices)
 
+    @property
+    def slide_counts(self) -> dict[str, int]:
+        """Slides of each case."""
+        return {name: len(self._counts[name]) for name in self.case_ids}
+
+    @property
+    def tiles_per_case(self) -> dict[str, int]:
+        """Tiles of each case, before the limit."""
+        return {name: sum(self._counts[name]) for name in self.case_ids}
+
+    def some_tiles(self, index: int, limit: TileLimit) -> Tensor:
+        """Return tile features `[n, in_features]` float32 of one case under another limit."""
+        name = self.case_ids[index]
+        kept = limit.rows(name, self._counts[name])
+        slides = self._slides(name)
+        own = kept or (None,) * len(slides)
+        parts = [
+            torch.from_numpy(np.array(s.features if r is None else s.features[r], np.float32))
+            for s, r in zip(slides, own, strict=True)
+        ]
+        return torch.cat([torch.zeros(0, self._in_features), *parts])
+
     def tile_counts(self) -> dict[str, tuple[int, int]]:
         """Return tiles used and tiles there of each case over the limit."""
         found: dict[str, tuple[int, int]] = {}
