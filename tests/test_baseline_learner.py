@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from modaltune.baselines import (
     make_baseline,
     make_survival_head,
 )
+from modaltune.baselines.heads import SurvivalKind
 from modaltune.batch import CaseBatch
 from modaltune.errors import InputError
 from modaltune.learner import Learner
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig
 from modaltune.targets import Targets
 from modaltune.testing import normal, pack_offsets
+from modaltune.train import TrainConfig, fit
 
 TILE_WIDTH, GENES, CASES = 8, 12, 24
 INDEX, OFFSETS = torch.arange(GENES), torch.tensor([0, 4, 8, 12])
@@ -114,6 +117,48 @@ def test_gradients_of_parts_add_up_to_that_of_the_whole(name: str) -> None:
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
     for p, grad in zip(learner.trainable_parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("survival", ["hazard", "cox"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_mixed_precision_stays_near_float32(name: str, survival: SurvivalKind) -> None:
+    batch, targets = planted()
+    learner = SupervisedLearner.for_training(
+        make(name), targets, survival=survival, cases_per_batch=CASES
+    )
+    learner.model.eval()  # no dropout
+    exact = float(learner.accumulate(batch, targets, backward))
+    learner.model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = float(learner.accumulate(batch, targets, backward))
+    assert mixed == pytest.approx(exact, rel=0.05)  # 8 bits, a dozen layers
+    grads = [p.grad for p in learner.trainable_parameters()]
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_loop_tunes_it_and_leaves_what_is_frozen(name: str) -> None:
+    batch, targets = planted()
+
+    class Cases:
+        def __len__(self) -> int:
+            return CASES
+
+        def batch(self, indices: Sequence[int]) -> CaseBatch:
+            return part(batch, targets, range(indices[0], indices[0] + 1))[0]
+
+        def targets(self, indices: Sequence[int]) -> Targets:
+            return targets.rows(indices)
+
+    learner = SupervisedLearner.for_training(make(name), targets)
+    tuned = {id(p) for p in learner.trainable_parameters()}
+    before = [(p, p.detach().clone()) for p in learner.model.parameters()]
+    log = fit(learner, Cases(), TrainConfig(epochs=2, lr=1e-2, warmup_epochs=0))
+    assert log[1].loss < log[0].loss
+    for parameter, value in before:
+        if id(parameter) not in tuned:
+            assert torch.equal(parameter, value)
+    assert not learner.model.training
 
 
 @pytest.mark.parametrize("name", BASELINES)
