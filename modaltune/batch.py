@@ -98,6 +98,19 @@ class CaseBatch:
                 "of the model, got none; leave it out"
             )
 
+    def check_values(self, tile_width: int | None, widths: Mapping[str, int | None]) -> None:
+        """Raise InputError where tiles or the modalities named are not what a reader expects.
+
+        Args:
+            tile_width: Feature width of the tiles; None for a reader that looks at none.
+            widths: Modalities that are read and their widths, None for any. A batch may lack any
+                of them, and others are not looked at.
+        """
+        if tile_width is not None:
+            self._check_tiles(tile_width)
+        for name in widths.keys() & self.modalities.keys():
+            self._check_modality(name, widths[name])
+
     def _check_tiles(self, width: int) -> None:
         if self.tiles.dim() != 2 or (self.tiles.shape[0] and self.tiles.shape[1] != width):
             raise InputError(

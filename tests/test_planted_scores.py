@@ -1,0 +1,119 @@
+"""The planted benchmark: scores over seeds, paired differences, one tiny study end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modaltune.benchmarks import planted as benchmark
+from modaltune.benchmarks.planted_scores import Predictions, differences, interval
+from modaltune.engine.errors import InputError
+from modaltune.evaluate import balanced_accuracy, harrell_c_index
+from modaltune.planted import PlantedConfig
+from modaltune.run_config import load_run_config
+from modaltune.targets import Targets
+
+
+def made(noise: float, seed: int, cases: int = 200) -> tuple[Targets, Predictions]:
+    """Labels of some cases (always the same), and predictions with some noise."""
+    rng = np.random.default_rng(0)
+    classes, months = rng.integers(0, 2, cases), rng.exponential(10, cases)
+    events = rng.integers(0, 2, cases).astype(float)
+    own = np.random.default_rng(seed)
+    probability = np.clip(classes + noise * own.normal(size=cases), 0, 1)
+    risk = -months + 20 * noise * own.normal(size=cases)
+    targets = Targets(
+        None, torch.from_numpy(classes), torch.from_numpy(months), torch.from_numpy(events)
+    )
+    return targets, Predictions(probability, risk)
+
+
+def test_a_score_is_the_mean_over_seeds_inside_its_interval() -> None:
+    targets, first = made(0.6, 1)
+    _, second = made(0.6, 2)
+    found = interval("balanced_accuracy", targets, [first, second])
+    each = [
+        balanced_accuracy(targets.classes.numpy(), p.probability > 0.5) for p in (first, second)
+    ]
+    assert found[""] == pytest.approx(np.mean(each), abs=1e-12)
+    assert found["_low"] < found[""] < found["_high"]
+    risk = interval("c_index", targets, [first])
+    want = harrell_c_index(targets.durations, targets.events, first.risk)
+    assert risk[""] == pytest.approx(want, abs=1e-12)
+
+
+def test_differences_are_paired_by_patient_and_by_seed() -> None:
+    targets, good = made(0.4, 1)
+    found = {
+        ("modaltune", 0): good,
+        ("modaltune", 1): made(0.4, 2)[1],
+        ("abmil", 0): made(1.5, 3)[1],
+        ("copy", 0): good,
+    }
+    rows = differences(found, targets, ["modaltune"])
+    assert [(r["metric"], r["rival"], r["seeds"]) for r in rows] == [
+        ("balanced_accuracy", "abmil", 1),
+        ("c_index", "abmil", 1),
+        ("balanced_accuracy", "copy", 1),
+        ("c_index", "copy", 1),
+    ]
+    worse, same = rows[0], rows[2]
+    assert worse["difference"] == pytest.approx(worse["value"] - worse["rival_value"], abs=1e-4)
+    assert 0 < worse["low"] < worse["difference"] < worse["high"]
+    # Paired: a model against itself differs by nothing in every resample.
+    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_predictions_come_back_for_their_own_cohort_only(tmp_path: Path) -> None:
+    _, predictions = made(0.4, 1)
+    path = tmp_path / "abmil-0.json"
+    path.write_text(json.dumps(predictions.state({"cohort_seed": 0})), encoding="utf-8")
+    read = Predictions.read(path, {"cohort_seed": 0})
+    np.testing.assert_array_equal(read.probability, predictions.probability)
+    np.testing.assert_array_equal(read.risk, predictions.risk)
+    with pytest.raises(InputError, match="must hold predictions of"):
+        Predictions.read(path, {"cohort_seed": 1})
+
+
+@pytest.mark.slow
+def test_every_model_trains_and_predicts_on_a_tiny_cohort() -> None:
+    config = load_run_config(preset="small", sets=["training.warmup_epochs=0"])
+    planted = PlantedConfig(num_train=24, num_test=10, min_tiles=20, max_tiles=30)
+    study = benchmark.make_study(planted, config)
+    assert len(study.train) == 24
+    assert study.preprocessing.genes is not None
+    for name in benchmark.MODELS:
+        predictions, cost = benchmark.train_model(study, name, config, seed=0, epochs=1)
+        assert predictions.probability.shape == predictions.risk.shape == (10,)
+        assert ((predictions.probability >= 0) & (predictions.probability <= 1)).all()
+        assert np.isfinite(predictions.risk).all()
+        assert cost["parameters"] > 0
+        assert cost["seconds_per_epoch"] >= 0
+
+
+def test_what_was_predicted_is_not_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of differences are written from predictions that are there; nothing is trained."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    results.mkdir()
+    out.mkdir()
+    key = {"cohort_seed": 0, "shuffled": False, "settings": "epochs=3"}
+    for number, name in enumerate(("modaltune", "abmil")):
+        state = made(0.3 + number, number, cases=400)[1].state(key)
+        (out / f"{name}-0.json").write_text(json.dumps(state), encoding="utf-8")
+    given = ["--seeds", "0", "--models", "modaltune", "abmil", "--epochs", "3"]
+    given += ["--out", str(out), "--results", str(results)]
+    assert benchmark.main(given) == 0
+    with (results / benchmark.DIFFERENCES_NAME).open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["metric"] for row in rows] == ["balanced_accuracy", "c_index"]
+    assert not (results / benchmark.CSV_NAME).exists()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert benchmark.main([*given, "--shuffled"]) == 1
+    assert "give another --out" in capsys.readouterr().err
