@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,60 @@ def write_json_atomic(path: str | Path, obj: Any, *, indent: int | None = 2) -> 
     text = json.dumps(obj, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temp:
         temp.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder to fill, and put it in place of `path` when all is well.
+
+    The temporary folder lies beside `path`. When the block raises, it is removed and `path` is left
+    as it was. An old folder is moved aside before the new one takes its name: a killed process may
+    leave it under its temporary name, but never a mixture of both.
+
+    Args:
+        path: Final name of the folder.
+        replace: Whether an existing folder may be replaced.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        FileExistsError: `path` exists, and `replace` is off or it is no folder.
+        DiskFullError: There is no room for the files.
+    """
+    final = Path(path)
+    if final.exists() and not (replace and final.is_dir()):
+        raise FileExistsError(str(final))
+    with names_full_disk(final):
+        _make_folder(final.absolute().parent)
+        temp = final.with_name(_temporary_name(final))
+        temp.mkdir()
+        try:
+            yield temp
+            for folder, _, files in os.walk(temp):
+                for name in files:
+                    _fsync(Path(folder, name))
+                fsync_folder(Path(folder))
+            _exchange(temp, final)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+        fsync_folder(final.absolute().parent)
+
+
+def _exchange(temp: Path, final: Path) -> None:
+    """Give a filled folder its final name; what had it is moved aside, then removed."""
+    if not final.exists():
+        os.rename(temp, final)
+        return
+    old = final.with_name(_temporary_name(final))
+    os.rename(final, old)
+    try:
+        os.rename(temp, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old)
 
 
 def _temporary_name(final: Path) -> str:

@@ -153,6 +153,19 @@ def pack_cases(
 
 
 @dataclass(frozen=True)
+class SlideReading:
+    """What a feature file does not say of itself (see `modaltune.engine.store.read_features`).
+
+    Attributes:
+        base_mpp: Microns per level-0 px, where known from elsewhere.
+        encoder: Which features to take where the file holds several.
+    """
+
+    base_mpp: float | None = None
+    encoder: str | None = None
+
+
+@dataclass(frozen=True)
 class Cohort:
     """The cases of a study as they lie on disk, joined by case id, never by row.
 
@@ -160,11 +173,13 @@ class Cohort:
         slides: Feature files by case; a case without images has none.
         expression: Case x gene table, or None.
         clinical: Rows of `read_clinical` by case, or None.
+        reading: How to read those feature files that need telling.
     """
 
     slides: Mapping[str, tuple[Path, ...]]
     expression: pd.DataFrame | None = None
     clinical: pd.DataFrame | None = None
+    reading: Mapping[Path, SlideReading] = field(default_factory=dict)
 
     @property
     def case_ids(self) -> tuple[str, ...]:
@@ -176,7 +191,12 @@ class Cohort:
 
     def read_slides(self, case_id: str) -> tuple[TileFeatures, ...]:
         """Read the tile features of one case, verified."""
-        return tuple(read_features(path) for path in self.slides.get(case_id, ()))
+        return tuple(self.read_slide(path) for path in self.slides.get(case_id, ()))
+
+    def read_slide(self, path: Path) -> TileFeatures:
+        """Read the tile features of one file, verified, told what the file does not say."""
+        told = self.reading.get(path, SlideReading())
+        return read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
 
     def rows(self, table: pd.DataFrame | None, case_ids: Iterable[str]) -> pd.DataFrame | None:
         """Return the rows of those cases that a table has, or None when it has none of them.

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from modaltune.engine import atomic
-from modaltune.engine.atomic import atomic_path, is_temporary, write_json_atomic
+from modaltune.engine.atomic import (
+    atomic_folder,
+    atomic_path,
+    is_temporary,
+    write_json_atomic,
+)
 
 
 def test_file_appears_complete_under_its_name(tmp_path: Path) -> None:
@@ -112,3 +117,44 @@ def test_json_is_strict_and_sorted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json_atomic(path, {"a": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8"))["b"] == 1
+
+
+def test_folder_appears_whole_replaces_only_when_asked_and_keeps_the_old_one(
+    tmp_path: Path,
+) -> None:
+    final = tmp_path / "new" / "folder"
+    with atomic_folder(final) as temp:
+        assert is_temporary(temp)
+        assert temp.parent == final.parent
+        (temp / "sub").mkdir()
+        (temp / "sub" / "a.txt").write_text("first")
+        assert not final.exists()
+    with pytest.raises(FileExistsError), atomic_folder(final):
+        pass
+    with pytest.raises(UnicodeError), atomic_folder(final, replace=True) as temp:
+        (temp / "b.txt").write_text("half \ud800", encoding="utf-8")
+    assert (final / "sub" / "a.txt").read_text() == "first"
+    with atomic_folder(final, replace=True) as temp:
+        (temp / "b.txt").write_text("second")
+    assert os.listdir(final) == ["b.txt"]
+    assert os.listdir(final.parent) == ["folder"]
+
+
+def test_folder_that_cannot_take_its_name_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "folder"
+    with atomic_folder(final) as temp:
+        (temp / "a.txt").write_text("old")
+    rename = os.rename
+
+    def refuse_the_new(source: Path, target: Path) -> None:
+        if target == final and (source / "b.txt").exists():
+            raise OSError("refused")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new)
+    with pytest.raises(OSError, match="refused"), atomic_folder(final, replace=True) as temp:
+        (temp / "b.txt").write_text("new")
+    assert os.listdir(final) == ["a.txt"]
+    assert os.listdir(tmp_path) == ["folder"]
