@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -189,7 +189,7 @@ def _draw(
     return bootstrap(
         score,
         count,
-        strata=one[0].strata if options.stratified else None,
+        strata=one[0].strata if options.stratified or one[0].is_stratified else None,
         resamples=options.resamples,
         seed=options.seed,
     )
@@ -213,15 +213,7 @@ def _same_names(scorers: Sequence[Scorer]) -> tuple[str, ...]:
 def _only(scorer: Scorer, names: Sequence[str]) -> Scorer:
     """Return a scorer of some of the metrics."""
     columns = [scorer.names.index(name) for name in names]
-    return Scorer(
-        tuple(names),
-        scorer.case_ids,
-        lambda rows: scorer.score(rows)[columns],
-        scorer.strata,
-        scorer.events,
-        scorer.left_out,
-        scorer.notes,
-    )
+    return replace(scorer, names=tuple(names), score=lambda rows: scorer.score(rows)[columns])
 
 
 def _aligned(scorers: Sequence[Scorer]) -> tuple[list[Scorer], dict[str, int]]:
@@ -240,14 +232,12 @@ def _aligned(scorers: Sequence[Scorer]) -> tuple[list[Scorer], dict[str, int]]:
 def _reordered(scorer: Scorer, order: Sequence[str]) -> Scorer:
     place = {case: row for row, case in enumerate(scorer.case_ids)}
     rows = np.array([place[case] for case in order], dtype=np.int64)
-    return Scorer(
-        scorer.names,
-        tuple(order),
-        lambda drawn: scorer.score(rows[drawn]),
-        scorer.strata[rows],
-        scorer.events[rows],
-        scorer.left_out,
-        scorer.notes,
+    return replace(
+        scorer,
+        case_ids=tuple(order),
+        score=lambda drawn: scorer.score(rows[drawn]),
+        strata=scorer.strata[rows],
+        events=scorer.events[rows],
     )
 
 
@@ -277,4 +267,5 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         np.concatenate([s.events for s in own]),
         left_out,
         {"": f"mean over {len(own)} sites"},
+        is_stratified=True,
     )

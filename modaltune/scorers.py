@@ -7,7 +7,7 @@ without being counted in `left_out`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,7 @@ class Scorer:
         events: `[n]` 1 for a death, or for a case outside the first class.
         left_out: Reason -> cases that are not scored.
         notes: Metric -> what a reader has to know; under "" what concerns all.
+        is_stratified: Resamples always keep the size of each stratum.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,7 @@ class Scorer:
     events: Ints
     left_out: Mapping[str, int]
     notes: Mapping[str, str]
+    is_stratified: bool = False
 
     @property
     def num_events(self) -> int:
@@ -69,7 +71,10 @@ class Scorer:
 
 
 def class_scorer(
-    predictions: Predictions, labels: pd.DataFrame, cases: Sequence[str] | None = None
+    predictions: Predictions,
+    labels: pd.DataFrame,
+    cases: Sequence[str] | None = None,
+    foreign: Collection[str] = (),
 ) -> Scorer | None:
     """Score class probabilities: None if there are none.
 
@@ -77,6 +82,7 @@ def class_scorer(
         predictions: Of any cases.
         labels: Indexed by case id, with column `primary_class` (-1 none).
         cases: Those to score, such as a split's test cases; all that are predicted by default.
+        foreign: Cases whose class numbers mean other diagnoses than those of the predictions.
     """
     if predictions.probabilities is None or predictions.labels is None:
         return None
@@ -85,7 +91,10 @@ def class_scorer(
         labels,
         cases,
         {"no probability": np.asarray(np.isnan(predictions.probabilities).any(1))},
-        {"no class (-1)": _column(labels, "primary_class", -1.0) < 0},
+        {
+            "class of another site": np.asarray(labels.index.isin(list(foreign))),
+            "no class (-1)": _column(labels, "primary_class", -1.0) < 0,
+        },
     )
     own = predictions.take(ids)
     assert own.probabilities is not None  # narrows the type
@@ -239,7 +248,8 @@ def _scored(
     asked = predictions.case_ids if cases is None else tuple(cases)
     predicted = {case: row for row, case in enumerate(predictions.case_ids)}
     labelled = {str(case): row for row, case in enumerate(labels.index)}
-    scored, left_out = [], {}
+    scored: list[str] = []
+    left_out: dict[str, int] = {}
 
     def problem(case: str) -> str | None:
         if case not in predicted:

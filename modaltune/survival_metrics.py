@@ -197,9 +197,12 @@ def integrated_brier_score(
     reference: SurvivalReference,
     times: ArrayLike,
 ) -> float:
-    """Return the mean of `brier_curve` over time (trapezoids); NaN for fewer than two times."""
+    """Return the mean of `brier_curve` over time (trapezoids).
+
+    NaN for fewer than two times, and where nobody died.
+    """
     at = np.asarray(times, np.float64)
-    if len(at) < 2 or not len(np.asarray(durations)):
+    if len(at) < 2 or not np.asarray(events).any():
         return float("nan")
     curve = brier_curve(durations, events, survival, reference, at)
     return float(np.trapezoid(curve, at) / (at[-1] - at[0]))
