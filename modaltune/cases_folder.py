@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 from modaltune.cases import Cohort, SlideReading
 from modaltune.clinical import COLUMNS
 from modaltune.engine.atomic import atomic_folder, write_json_atomic
-from modaltune.errors import CohortError
+from modaltune.engine.feature_index import import_pt
+from modaltune.errors import CohortError, FeatureFileError
 from modaltune.pathways import PathwayTable
 from modaltune.splits import Split, read_splits, splits_state
 from modaltune.tables import name_few, naming_damage, repeated
@@ -65,6 +66,9 @@ _SLIDES_SCHEMA = pa.schema(
 )
 
 
+SLIDE_COLUMNS = tuple(_SLIDES_SCHEMA.names)
+
+
 @dataclass(frozen=True)
 class CasesContent:
     """Everything a cases folder is written from; ids are joined already.
@@ -73,8 +77,9 @@ class CasesContent:
         clinical: One row per case of the folder, index case ids, columns `COLUMNS`.
         expression: Case x gene of the cases that have it, or None.
         pathways: Or None.
-        slides: Columns of `slides.parquet`, or None. `features` is relative to `root`, and `root`
-            is a folder, or empty for the cases folder itself.
+        slides: `SLIDE_COLUMNS`, or None. `features` is relative to `root`, and `root` is a folder,
+            or empty for the cases folder itself. A column `source` names the `.pt` file that is
+            to be imported as `features`.
         splits: At least one.
         facts: What goes into `cases.json` beside the files' checksums: sources, options, ...
         report: `report.json`.
@@ -312,8 +317,34 @@ def _write_tables(folder: Path, content: CasesContent) -> None:
         schema = pa.schema([("pathway", pa.string()), ("gene", pa.string())])
         _write_parquet(folder / PATHWAYS, pd.DataFrame(rows, columns=schema.names), schema)
     if content.slides is not None:
-        slides = content.slides.sort_values(["case_id", "slide"])
+        slides = _import_features(folder, content.slides).sort_values(["case_id", "slide"])
+        _check_one_encoder(slides)
         _write_parquet(folder / SLIDES, slides, _SLIDES_SCHEMA)
+
+
+def _import_features(folder: Path, slides: pd.DataFrame) -> pd.DataFrame:
+    """Write the features that lie in untrusted files into the folder, and say what they are."""
+    if "source" not in slides:
+        return slides
+    rows: list[dict[Any, Any]] = slides.to_dict(orient="records")
+    for row in rows:
+        if row["source"] is not None:
+            feats = import_pt(Path(row["source"]), folder / row["features"])
+            facts = {"encoder": feats.encoder, "tiles": len(feats), "width": feats.width}
+            row.update(facts, producer=feats.producer)
+    return pd.DataFrame(rows)
+
+
+def _check_one_encoder(slides: pd.DataFrame) -> None:
+    """Refuse features of several widths or tile encoders in one cohort."""
+    for column in ("width", "encoder"):
+        first = slides[slides[column].notna()].drop_duplicates(column)
+        if len(first) > 1:
+            shown = [f"{v} ({s})" for v, s in zip(first[column], first["slide"], strict=True)]
+            raise FeatureFileError(
+                f"features of a cohort must have one {column}, got {name_few(shown)}; give the "
+                "folder of one tile encoder"
+            )
 
 
 def _write_parquet(path: Path, table: pd.DataFrame, schema: pa.Schema) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from modaltune.benchmarks.command import bench_app
+from modaltune.cli_cases import cases_app
 from modaltune.cli_export import export_encoder
 from modaltune.cli_ledger import retry, status
 from modaltune.cli_measure import plan, profile
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 slides_app = typer.Typer(help="Look at slide files.", no_args_is_help=True)
 app.add_typer(slides_app, name="slides")
+app.add_typer(cases_app, name="cases")
 app.add_typer(bench_app, name="bench")
 
 BaseMpp = Annotated[

@@ -6,20 +6,28 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
 
 from modaltune.clinical_encoder import ClinicalEncoder, ClinicalFeatures, check_age
+from modaltune.clinical_gdc import (
+    DeathWithoutDate,
+    gdc_records_from_json,
+    gdc_records_from_table,
+    is_gdc_header,
+    is_gdc_json,
+)
 from modaltune.errors import CohortError, InputError
 from modaltune.labels import check_duration, check_event
-from modaltune.tables import is_missing, name_few, open_text, read_header, repeated
+from modaltune.tables import OnDrop, is_missing, name_few, open_text, read_header, repeated
 
 __all__ = [
     "COLUMNS",
     "PROJECT_SITES",
+    "REFERENCE_NAMES",
     "ClinicalEncoder",
     "ClinicalFeatures",
     "read_clinical",
@@ -62,8 +70,10 @@ PROJECT_SITES = {
     "TCGA-UCEC": "uterus",
 }
 
-_KIND = "a readable clinical table (CSV, or JSON records of a published split)"
-_REFERENCE_NAMES = {
+_KIND = "a readable clinical table (CSV, GDC TSV or JSON, or JSON records of a published split)"
+_Records = list[tuple[str, dict[str, Any]]]
+#: Names of a published record and ours.
+REFERENCE_NAMES = {
     "case_id": "case_uuid",
     "case_submitter_id": "case_id",
     "project_id": "project",
@@ -84,11 +94,18 @@ _SEXES = {"f": "female", "m": "male"}
 _UNCLASSIFIED = -1
 
 
-def read_clinical(path: str | Path) -> pd.DataFrame:
+def read_clinical(
+    path: str | Path,
+    *,
+    death_without_date: DeathWithoutDate = "censor",
+    exclude: Collection[str] = (),
+    on_drop: OnDrop | None = None,
+) -> pd.DataFrame:
     """Read clinical records as one row per case.
 
-    Understood are CSV or TSV with our column names, and the JSON of a published split (bare NaN
-    allowed), both also as .gz or .zip. A CSV needs `case_id`; of the others (`COLUMNS`, `slide`)
+    Understood are CSV or TSV with our column names, the clinical TSV and JSON of the GDC
+    (`modaltune.clinical_gdc`), and the JSON of a published split (bare NaN allowed), each also as
+    .gz or .zip. A CSV needs `case_id`; of the others (`COLUMNS`, `slide`)
     any may be absent. `slide_id` is read as `slide`, `censorship` (1 = censored) as the reverse of
     `event`, `is_female` as `sex`; a `site` that only repeats the hospital code of a TCGA barcode is
     no organ and counts as missing; further columns are left out. Rows of one case (a row per slide)
@@ -96,6 +113,10 @@ def read_clinical(path: str | Path) -> pd.DataFrame:
 
     Args:
         path: The table.
+        death_without_date: For GDC records of patients who died on an unrecorded day: "censor" at
+            the last follow-up, "drop" the case, or as "published", died at the last follow-up.
+        exclude: Cases to leave unread.
+        on_drop: Told what was not taken as it stood, and of which cases.
 
     Returns:
         Index `case_id` (unique, in order of appearance), columns `COLUMNS`: `age` (years),
@@ -111,15 +132,14 @@ def read_clinical(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     with open_text(path, _KIND) as text:
-        if ".json" in (suffix.lower() for suffix in path.suffixes):
-            records = _reference_records(text, path)
-        else:
-            records = _csv_records(text, path)
+        records = _read_records(text, path, death_without_date, exclude, on_drop)
     cases: dict[str, dict[str, Any]] = {}
     for where, record in records:
         if is_missing(record.get("case_id")):
             raise CohortError(f"{path}, {where} must name its case, got none; fill in case_id")
         case = str(record["case_id"]).strip()
+        if case in exclude:
+            continue
         parsed = {name: parse(record.get(name), case) for name, parse in _PARSERS.items()}
         slide = _text(record.get("slide"), case)
         parsed["slides"] = () if slide is None else (slide,)
@@ -132,26 +152,47 @@ def read_clinical(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def _reference_records(text: TextIO, path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_records(
+    text: TextIO,
+    path: Path,
+    policy: DeathWithoutDate,
+    exclude: Collection[str],
+    on_drop: OnDrop | None,
+) -> _Records:
+    """Read a table of any kind as records under our names, each with where it stands."""
+    if ".json" in (suffix.lower() for suffix in path.suffixes):
+        content = json.load(text)
+        if not is_gdc_json(content):
+            return _reference_records(content, path)
+        records = gdc_records_from_json(content, path, policy, exclude, on_drop)
+    else:
+        header, delimiter = read_header(text, path)
+        if not is_gdc_header(header):
+            return _csv_records(text, header, delimiter, path)
+        records = gdc_records_from_table(text, header, delimiter, path, policy, exclude, on_drop)
+    for _, record in records:
+        record["site"] = PROJECT_SITES.get(str(record["project"]), record["site"])
+    return records
+
+
+def _reference_records(content: Any, path: Path) -> _Records:
     """Read the records of a published split under our names."""
-    content = json.load(text)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
         raise CohortError(
-            f'{path} must be {{"data": [record, ...]}}, got another structure; give a split of '
-            "the published layout, or a CSV"
+            f'{path} must be {{"data": [record, ...]}}, or a list of GDC cases, got another '
+            "structure; give a split of the published layout, clinical JSON of the GDC, or a CSV"
         )
     records = []
     for number, raw in enumerate(data, start=1):
-        record = {ours: raw.get(name) for name, ours in _REFERENCE_NAMES.items()}
+        record = {ours: raw.get(name) for name, ours in REFERENCE_NAMES.items()}
         record["site"] = PROJECT_SITES.get(str(raw.get("project_id")))
         records.append((f"record {number}", record))
     return records
 
 
-def _csv_records(text: TextIO, path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _csv_records(text: TextIO, header: list[str], delimiter: str, path: Path) -> _Records:
     """Read the rows of a CSV under our names."""
-    header, delimiter = read_header(text, path)
     if "case_id" not in header or repeated(header):
         raise CohortError(
             f"{path} must have a column case_id, and no column twice, got {name_few(header, 12)}; "

@@ -107,6 +107,12 @@ def clean_code(field: str, value: object) -> str | None:
     return code
 
 
+def is_known_code(field: str, value: object) -> bool:
+    """Tell whether a stage, T, N or M code is missing or has a published wording."""
+    code = clean_code(field, value)
+    return code is None or code in _CODE_TEXT[field]
+
+
 def check_duration(value: object, case_id: object) -> float:
     """Return a survival time in months, NaN where missing.
 

@@ -9,7 +9,8 @@ Text tables (also .gz, .zip) come in three layouts, told apart by their header:
   first; genes that are the same in all cases are dropped, as published. A symbol keeps its name
   without `|id`; `?|123` stays as it is and matches no pathway.
 
-Parquet and AnnData (.h5ad) tables hold cases x genes.
+Parquet and AnnData (.h5ad) tables hold cases x genes. Rows named by a sample barcode
+(TCGA-XX-XXXX-01A) instead of a case are chosen by sample type like columns of `xena`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, TextIO, get_args
 
@@ -25,7 +27,15 @@ import pandas as pd
 
 from modaltune.errors import CohortError, InputError
 from modaltune.gene_scaler import GeneScaler
-from modaltune.tables import check_choice, name_few, naming_damage, open_text, read_header, repeated
+from modaltune.tables import (
+    OnDrop,
+    check_choice,
+    name_few,
+    naming_damage,
+    open_text,
+    read_header,
+    repeated,
+)
 
 __all__ = ["GeneScaler", "read_expression"]
 
@@ -38,6 +48,8 @@ NanPolicy = Literal["error", "keep"]
 _KIND = "a readable expression table"
 _RNASEQ = "_rnaseq"
 _BARCODE = re.compile(r"(?P<case>[^-]+-[^-]+-[^-]+)-(?P<type>\d{2})(?:[A-Z].*|-.*)?")
+# Among case ids of any hospital, only these are taken for sample barcodes.
+_BARCODE_PREFIXES = ("TCGA-", "TARGET-")
 # TCGA sample types: 01-09 are tumours (01 primary, 06 metastatic), 10-19 normal tissue.
 _PREFERRED_SAMPLE_TYPES = {1: 0, 6: 1}
 _LAST_TUMOUR_TYPE = 9
@@ -52,6 +64,7 @@ def read_expression(
     duplicate_cases: DuplicateCases = "error",
     nan_policy: NanPolicy = "error",
     drop_constant_genes: bool = True,
+    on_drop: OnDrop | None = None,
 ) -> pd.DataFrame:
     """Read an expression table as case x gene.
 
@@ -65,6 +78,7 @@ def read_expression(
             In the xena layout, differing samples of the same type are settled by "first" always.
         nan_policy: "error", or "keep" to leave gaps for `GeneScaler.fit(nan_policy="mean")`.
         drop_constant_genes: For xena; False where few cases may agree in a gene the model needs.
+        on_drop: Told which samples, cases and genes were left out, and why.
 
     Returns:
         float32, index `case_id` (unique), columns gene names (unique), in file order.
@@ -85,19 +99,22 @@ def read_expression(
         table = _read_h5ad(path)
     else:
         with open_text(path, _KIND) as text:
-            table = _read_text(text, path, layout, drop_constant_genes)
+            table = _read_text(text, path, layout, drop_constant_genes, on_drop)
+    table = _best_samples(table, path, on_drop)
     if table.empty:
         raise CohortError(
             f"{path} must hold cases and genes, got {len(table)} cases and {table.shape[1]} genes; "
             "check the layout"
         )
-    table = _one_row_per_case(table, duplicate_cases, path)
+    table = _one_row_per_case(table, duplicate_cases, path, on_drop)
     _check_finite(table, nan_policy, path)
     logger.info("%s: %d cases, %d genes", path.name, *table.shape)
     return table
 
 
-def _read_text(text: TextIO, path: Path, layout: Layout, drop_constant_genes: bool) -> pd.DataFrame:
+def _read_text(
+    text: TextIO, path: Path, layout: Layout, drop_constant: bool, on_drop: OnDrop | None
+) -> pd.DataFrame:
     """Read a text table of any layout; the index is the case, not yet unique."""
     header, delimiter = read_header(text, path)
     layout = _guess_layout(header) if layout == "auto" else layout
@@ -133,7 +150,7 @@ def _read_text(text: TextIO, path: Path, layout: Layout, drop_constant_genes: bo
     table = table[list(map(str, columns))].set_axis(pd.Index(keys, name="case_id"), axis=0)
     table.columns = pd.Index(names)
     if layout == "xena":
-        return _cases_from_xena(_as_float32(table, path), path, drop_constant_genes)
+        return _cases_from_xena(_as_float32(table, path), path, drop_constant, on_drop)
     _refuse_repeated_genes(names, path)
     return _as_float32(table, path)
 
@@ -196,28 +213,33 @@ def _refuse_repeated_genes(genes: list[str], path: Path) -> None:
         )
 
 
-def _cases_from_xena(by_gene: pd.DataFrame, path: Path, drop_constant: bool) -> pd.DataFrame:
+def _cases_from_xena(
+    by_gene: pd.DataFrame, path: Path, drop_constant: bool, on_drop: OnDrop | None
+) -> pd.DataFrame:
     """Turn gene x sample into case x gene, with the best tumour sample of each case."""
+    ranks = _sample_ranks(list(map(str, by_gene.columns)), by_barcode=True)
     best: dict[str, tuple[int, int]] = {}  # case -> (rank of its sample type, column)
-    for position, barcode in enumerate(map(str, by_gene.columns)):
-        match = _BARCODE.fullmatch(barcode)
-        sample_type = int(match["type"]) if match else 1
-        if not 1 <= sample_type <= _LAST_TUMOUR_TYPE:
-            continue
-        case = match["case"] if match else barcode
-        rank = _PREFERRED_SAMPLE_TYPES.get(sample_type, sample_type + len(_PREFERRED_SAMPLE_TYPES))
-        best[case] = min(best.get(case, (rank, position)), (rank, position))
+    for position, (case, rank) in enumerate(ranks):
+        if rank is not None:
+            best[case] = min(best.get(case, (rank, position)), (rank, position))
     if not best:
         raise CohortError(
             f"{path} must have a column per tumour sample (TCGA-XX-XXXX-01), got "
             f"{name_few(list(by_gene.columns))}; check the layout"
         )
-    chosen = by_gene.iloc[:, [position for _, position in best.values()]]
+    kept = [position for _, position in best.values()]
+    _tell_samples(by_gene.columns, ranks, set(kept), on_drop)
+    chosen = by_gene.iloc[:, kept]
     symbols = [_SYMBOL_WITH_ID.sub(r"\g<symbol>", str(gene)) for gene in chosen.index]
     values = chosen.to_numpy().T
-    keep = ~pd.Index(symbols).duplicated()
+    is_repeat = pd.Index(symbols).duplicated()
+    is_constant = np.zeros(len(symbols), dtype=bool)
     if drop_constant and len(best) > 1:
-        keep &= (values != values[:1]).any(axis=0)
+        is_constant = ~(values != values[:1]).any(axis=0) & ~is_repeat
+    keep = ~is_repeat & ~is_constant
+    names = np.asarray(symbols, dtype=object)
+    _tell(on_drop, "gene listed again: first row taken", names[is_repeat])
+    _tell(on_drop, "gene the same in all cases: dropped", names[is_constant])
     logger.info(
         "%s: %d of %d samples kept; %d genes repeated or without variation dropped",
         path.name,
@@ -228,8 +250,63 @@ def _cases_from_xena(by_gene: pd.DataFrame, path: Path, drop_constant: bool) -> 
     return pd.DataFrame(
         values[:, keep],
         index=pd.Index(list(best), name="case_id"),
-        columns=pd.Index(np.asarray(symbols, dtype=object)[keep]),
+        columns=pd.Index(names[keep]),
     )
+
+
+def _sample_ranks(names: list[str], *, by_barcode: bool) -> list[tuple[str, int | None]]:
+    """Return case and preference of each sample, 0 the best, None for normal tissue.
+
+    Args:
+        names: Barcodes or case ids.
+        by_barcode: Take every name of the form a-b-c-01 for a barcode, not only TCGA's.
+    """
+    ranks: list[tuple[str, int | None]] = []
+    for name in names:
+        match = _BARCODE.fullmatch(name)
+        if match is None or not (by_barcode or name.startswith(_BARCODE_PREFIXES)):
+            ranks.append((name, 0))
+            continue
+        kind = int(match["type"])
+        rank = _PREFERRED_SAMPLE_TYPES.get(kind, kind + len(_PREFERRED_SAMPLE_TYPES))
+        ranks.append((match["case"], rank if 1 <= kind <= _LAST_TUMOUR_TYPE else None))
+    return ranks
+
+
+def _best_samples(table: pd.DataFrame, path: Path, on_drop: OnDrop | None) -> pd.DataFrame:
+    """Keep the rows of each case's best tumour sample, and name rows by case."""
+    names = list(map(str, table.index))
+    ranks = _sample_ranks(names, by_barcode=False)
+    if [case for case, _ in ranks] == names:
+        return table
+    best: dict[str, int] = {}
+    for case, rank in ranks:
+        if rank is not None:
+            best[case] = min(best.get(case, rank), rank)
+    if not best:
+        raise CohortError(
+            f"{path} must hold tumour samples, got only normal tissue: {name_few(names)}; check "
+            "the sample types of the barcodes (01 primary tumour, 11 normal)"
+        )
+    kept = [k for k, (case, rank) in enumerate(ranks) if rank is not None and best[case] == rank]
+    _tell_samples(table.index, ranks, set(kept), on_drop)
+    index = pd.Index([ranks[k][0] for k in kept], name="case_id")
+    return table.iloc[kept].set_axis(index, axis=0)
+
+
+def _tell_samples(
+    names: pd.Index, ranks: list[tuple[str, int | None]], kept: set[int], on_drop: OnDrop | None
+) -> None:
+    """Report samples that were not taken."""
+    normal = [str(names[k]) for k, (_, rank) in enumerate(ranks) if rank is None]
+    others = [str(names[k]) for k in range(len(names)) if k not in kept and ranks[k][1] is not None]
+    _tell(on_drop, "sample of normal tissue: dropped", normal)
+    _tell(on_drop, "further tumour sample of a case: dropped", others)
+
+
+def _tell(on_drop: OnDrop | None, reason: str, items: Iterable[object]) -> None:
+    if on_drop is not None and (names := sorted(map(str, items))):
+        on_drop(reason, names)
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -271,7 +348,9 @@ def _named(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     return _as_float32(table, path)
 
 
-def _one_row_per_case(table: pd.DataFrame, policy: DuplicateCases, path: Path) -> pd.DataFrame:
+def _one_row_per_case(
+    table: pd.DataFrame, policy: DuplicateCases, path: Path, on_drop: OnDrop | None
+) -> pd.DataFrame:
     """Merge rows of one case: equal ones silently, differing ones by the policy."""
     if table.index.is_unique:
         return table
@@ -290,6 +369,7 @@ def _one_row_per_case(table: pd.DataFrame, policy: DuplicateCases, path: Path) -
         logger.warning(
             "%s: %d cases with differing rows, taken the %s", path.name, len(differing), policy
         )
+        _tell(on_drop, f"case with differing rows: {policy} taken", differing)
     if policy == "mean":
         return table.groupby(level=0, sort=False).mean()
     return table[~table.index.duplicated(keep="first")]

@@ -10,7 +10,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +19,9 @@ import numpy as np
 import pandas as pd
 
 from modaltune.errors import CohortError, InputError
+
+#: Told by readers what they left out or changed: the reason, and the cases or genes concerned.
+OnDrop = Callable[[str, Sequence[str]], None]
 
 # What a damaged, truncated or foreign file makes the parsers raise.
 _DAMAGE = (

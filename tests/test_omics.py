@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,16 @@ VALUES = pd.DataFrame(
     {"TP53": [1.5, -2.0, 0.25], "?|123": [0.0, 1.0, 2.0], "A.1": [7.0, 8.0, 9.5]},
     index=pd.Index(["TCGA-AA-0001", "TCGA-AA-0002", "TCGA-BB-0003"], name="case_id"),
 ).astype(np.float32)
+
+
+class Told:
+    """What a reader says it left out."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, list[str]] = {}
+
+    def hear(self, reason: str, names: Sequence[str]) -> None:
+        self.reasons[reason] = list(names)
 
 
 def check(table: pd.DataFrame, expected: pd.DataFrame = VALUES) -> None:
@@ -82,6 +93,58 @@ def test_xena_prefers_primary_then_metastasis_and_never_normal_tissue(tmp_path: 
     path.write_text("sample\tTCGA-AA-0001-11\nTP53\t1\n")
     with pytest.raises(CohortError, match="must have a column per tumour sample"):
         read_expression(path)
+
+
+def test_rows_named_by_barcodes_follow_the_same_preference(tmp_path: Path) -> None:
+    barcodes = [
+        ("TCGA-AA-0001-11A-01", 90),
+        ("TCGA-AA-0001-06A", 91),
+        ("TCGA-AA-0001-01A-11R", 1),
+        ("TCGA-BB-0002-06A", 2),
+        ("TCGA-CC-0003-11A", 92),
+        ("TCGA-DD-0004-02A", 4),
+        ("TCGA-EE-0005", 5),
+        ("site-a-b-01", 6),
+    ]
+    expected = {"TCGA-AA-0001": 1, "TCGA-BB-0002": 2, "TCGA-DD-0004": 4, "TCGA-EE-0005": 5}
+    expected["site-a-b-01"] = 6  # a hospital's own ids are left alone
+    table = pd.DataFrame(barcodes, columns=["case_id", "G"]).astype({"G": np.float32})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "b.parquet")
+    for name in ("a.csv", "b.parquet"):
+        told = Told()
+        read = read_expression(tmp_path / name, on_drop=told.hear)
+        assert read["G"].to_dict() == expected
+        assert told.reasons == {
+            "sample of normal tissue: dropped": ["TCGA-AA-0001-11A-01", "TCGA-CC-0003-11A"],
+            "further tumour sample of a case: dropped": ["TCGA-AA-0001-06A"],
+        }
+    pd.DataFrame({"case_id": ["TCGA-CC-0003-11A"], "G": [1.0]}).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    with pytest.raises(CohortError, match="must hold tumour samples, got only normal tissue"):
+        read_expression(tmp_path / "a.csv")
+
+
+def test_two_vials_of_a_case_follow_the_policy_for_differing_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("case_id,G\nTCGA-AA-0001-01A,1\nTCGA-AA-0001-01B,3\nTCGA-AA-0001-06A,9\n")
+    with pytest.raises(CohortError, match="differing rows for 1 cases: TCGA-AA-0001"):
+        read_expression(path)
+    assert read_expression(path, duplicate_cases="mean")["G"].to_dict() == {"TCGA-AA-0001": 2.0}
+
+
+def test_what_xena_leaves_out_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "xena.tsv"
+    path.write_text(XENA)
+    told = Told()
+    read_expression(path, on_drop=told.hear)
+    assert told.reasons == {
+        "sample of normal tissue: dropped": ["TCGA-AA-0001-11", "TCGA-CC-0003-11"],
+        "further tumour sample of a case: dropped": ["TCGA-AA-0001-06"],
+        "gene listed again: first row taken": ["TP53"],
+        "gene the same in all cases: dropped": ["FLAT"],
+    }
 
 
 def test_one_xena_case_keeps_all_genes(tmp_path: Path) -> None:
