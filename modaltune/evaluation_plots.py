@@ -6,6 +6,7 @@ of Okabe and Ito, and never the only thing that tells two marks apart.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def calibration_figure(curve: Reliability, title: str, what: str) -> Figure:
     grid = figure.add_gridspec(2, 1, height_ratios=(4, 1))
     axes = figure.add_subplot(grid[0])
     below = figure.add_subplot(grid[1], sharex=axes)
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    _title(figure, title)
     axes.plot([0, 1], [0, 1], color=RULE, linewidth=1)
     axes.text(0.98, 0.02, "grey: as predicted", ha="right", color=MUTED, fontsize=8)
     for said, seen, count in zip(curve.predicted, curve.observed, curve.counts, strict=True):
@@ -156,7 +157,7 @@ def kaplan_meier_figure(groups: RiskGroups, title: str) -> Figure:
     figure = Figure(figsize=(5.0, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(6, 1))
     axes, table = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    _title(figure, title)
     end = 1.02 * max(float(curve.durations.max()) for curve in groups.curves) or 1.0
     ticks = [t for t in MaxNLocator(nbins=6, steps=[1, 2, 3, 6, 10]).tick_values(0, end) if t < end]
     for row, (name, curve) in enumerate(zip(groups.names, groups.curves, strict=True)):
@@ -206,7 +207,7 @@ def forest_figure(rows: Sequence[str], panels: Sequence[ForestPanel], title: str
     """Draw metrics with their intervals side by side, a row per run, prompt or site."""
     height = 1.25 + 0.34 * len(rows)
     figure = Figure(figsize=(1.4 + 2.35 * len(panels), height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    _title(figure, title)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
         _forest_panel(axes, panel)
@@ -268,23 +269,26 @@ def embedding_figure(
     components = PCA(n_components=2, random_state=0).fit(train)
     behind, front = components.transform(train), components.transform(shown)
     figure, axes = _figure((4.8, 4.9), title)
-    axes.scatter(
-        behind[:, 0], behind[:, 1], s=9, c="#c3c8d1", linewidths=0, label=f"training ({len(train)})"
-    )
+    grey = {"s": 9, "c": "#c3c8d1", "linewidths": 0}
+    _scatter(axes, behind, f"training ({len(train)})", grey)
     for index, name in enumerate(names):
         colour, marker = MARKS[index % len(MARKS)]
+        look = {"s": 30, "c": colour, "marker": marker, "edgecolors": INK, "linewidths": 0.6}
         own = front[groups == index]
-        axes.scatter(own[:, 0], own[:, 1], s=30, c=colour, marker=marker, edgecolors=INK, linewidths=0.6,
-                     label=f"{name} ({len(own)})", zorder=3)  # fmt: skip
+        _scatter(axes, own, f"{name} ({len(own)})", {**look, "zorder": 3})
     if (groups < 0).any():
         own = front[groups < 0]
-        axes.scatter(own[:, 0], own[:, 1], s=24, facecolors="white", edgecolors=MUTED, linewidths=1.1,
-                     label=f"no class ({len(own)})", zorder=2)  # fmt: skip
+        hollow = {"s": 24, "facecolors": "white", "edgecolors": MUTED, "linewidths": 1.1}
+        _scatter(axes, own, f"no class ({len(own)})", hollow)
     share = components.explained_variance_ratio_
     axes.set(xlabel=f"component 1 ({share[0]:.0%} of variance)")
     axes.set(ylabel=f"component 2 ({share[1]:.0%} of variance)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _scatter(axes: Axes, points: Floats, label: str, look: dict[str, Any]) -> None:
+    axes.scatter(points[:, 0], points[:, 1], label=label, **look)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
@@ -323,6 +327,11 @@ def _legend_below(figure: Figure, axes: Axes, title: str) -> None:
 
 def _figure(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    return figure, axes
+    _title(figure, title)
+    return figure, figure.add_subplot()
+
+
+def _title(figure: Figure, title: str) -> None:
+    """Write the title from the left edge of the figure, in lines that fit it."""
+    wrapped = textwrap.fill(title, int(figure.get_figwidth() * 12))
+    figure.suptitle(wrapped, x=0.02, ha="left", fontsize=10, fontweight="bold")
