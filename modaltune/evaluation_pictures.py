@@ -71,9 +71,11 @@ def draw_evaluation(
     return written
 
 
-def draw_forest(folder: str | Path, scores: pd.DataFrame, part: str, title: str) -> list[Path]:
+def draw_forest(
+    folder: str | Path, scores: pd.DataFrame, part: str, title: str, *, name: str
+) -> list[Path]:
     """Write a forest picture of the main metrics of one part of a table of scores."""
-    return _draw(folder, f"forest_{part}", lambda: _forest(scores, part, title))
+    return _draw(folder, name, lambda: _forest(scores, part, title))
 
 
 def _draw(folder: str | Path, name: str, draw: Callable[[], Figure]) -> list[Path]:

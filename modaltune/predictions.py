@@ -197,8 +197,14 @@ def read_predictions(path: str | Path, task: str | None = None) -> Predictions:
     with naming_damage(path, "a readable table of predictions (CSV or Parquet)"):
         is_parquet = path.suffix in (".parquet", ".pq")
         table = pd.read_parquet(path) if is_parquet else pd.read_csv(path, dtype={"case_id": str})
-    if "task" in table and task is not None:
-        table = table[table["task"] == task]
+    if "task" in table:
+        prompts = [str(name) for name in table["task"].unique()]
+        if task is None and len(prompts) > 1:
+            raise CohortError(
+                f"{path} must hold rows of one task prompt, got {name_few(prompts)}; keep those of "
+                "one, or leave out the column task"
+            )
+        table = table if task is None else table[table["task"] == task]
     classes = sorted(int(m[1]) for c in table if (m := _CLASS_COLUMN.fullmatch(str(c))))
     months = sorted(float(m[1]) for c in table if (m := _SURVIVAL_COLUMN.fullmatch(str(c))))
     if "case_id" not in table or not (classes or "risk" in table):
