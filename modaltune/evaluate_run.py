@@ -114,10 +114,11 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Return a short name for each run: its folder's, with the parent's where that repeats."""
     own = [path.resolve() for path in folders]
-    short = [path.stem if path.suffix in TABLES else path.name for path in own]
+    short = {path: path.stem if path.suffix in TABLES else path.name for path in own}
+    taken = list(short.values())
     return [
-        name if short.count(name) == 1 else f"{path.parent.name}/{name}"
-        for name, path in zip(short, own, strict=True)
+        short[path] if taken.count(short[path]) == 1 else f"{path.parent.name}/{short[path]}"
+        for path in own
     ]
 
 

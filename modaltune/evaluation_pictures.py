@@ -187,16 +187,19 @@ def _forest(scores: pd.DataFrame, part: str, title: str) -> Figure:
         return " · ".join([*parts, task, *([scope] if many_scopes else [])])
 
     keys = list(dict.fromkeys(zip(shown["run"], shown["task"], shown["scope"], strict=True)))
-    found = shown.set_index(["run", "task", "scope", "metric"])[["value", "low", "high"]]
+    found = {
+        (row["run"], row["task"], row["scope"], row["metric"]): [
+            row["value"],
+            row["low"],
+            row["high"],
+        ]
+        for row in shown.to_dict(orient="records")
+    }
     panels = []
     for metric, name, chance in FOREST:
-        if metric not in set(shown["metric"]):
-            continue
-        values = [
-            found.loc[[(*key, metric)]].to_numpy(float)[0] if (*key, metric) in found.index
-            else np.full(3, np.nan) for key in keys
-        ]  # fmt: skip
-        panels.append(ForestPanel(name, np.array(values), chance))
+        values = [found.get((*key, metric), [np.nan] * 3) for key in keys]
+        if metric in set(shown["metric"]):
+            panels.append(ForestPanel(name, np.array(values, float), chance))
     return forest_figure([row_name(*key) for key in keys], panels, title)
 
 

@@ -296,7 +296,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     paths = [Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"]
     for path in paths:
         # The salt makes the ids of an SVG the same in every run; without a date, so is the rest.
-        with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": name}):
+        style: Any = {**STYLE, "svg.hashsalt": name}
+        with atomic_path(path) as temporary, matplotlib.rc_context(style):
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
             figure.savefig(temporary, dpi=DPI, metadata=metadata)
     return paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,7 +77,6 @@ class DifferenceRow:
         n: Patients that both score.
         unpaired: Patients that only one of them scores, left out.
         redrawn, note: As of `ScoreRow`.
-        tests: Further tests by name -> p value (DeLong of the AUROC, permutation).
     """
 
     metric: str
@@ -91,7 +90,6 @@ class DifferenceRow:
     unpaired: int
     redrawn: int
     note: str
-    tests: Mapping[str, float] = field(default_factory=dict)
 
 
 def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[ScoreRow]:

@@ -33,11 +33,16 @@ FEATURE_WIDTH = 4
 
 
 def small_cohort(
-    folder: Path, *, seed: int = 0, cases: int = 90, sites: tuple[str, ...] = ("breast",)
+    folder: Path,
+    *,
+    seed: int = 0,
+    cases: int = 90,
+    sites: tuple[str, ...] = ("breast",),
+    prefix: str = "P",
 ) -> CasesFolder:
     """Write a cases folder: `cases` patients, some without class, follow-up, slide or both."""
     rng = np.random.default_rng(seed)
-    ids = [f"P{number:03d}" for number in range(cases)]
+    ids = [f"{prefix}{number:03d}" for number in range(cases)]
     genes = pd.DataFrame(rng.normal(size=(cases, len(GENES))), ids, list(GENES), dtype="float32")
     clinical = empty_clinical(ids)
     signal = genes["G0"] + 0.4 * rng.normal(size=cases)
