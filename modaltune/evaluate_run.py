@@ -242,9 +242,12 @@ def _tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return all scores, of the runs, their mean and the rivals, and all comparisons."""
     sides = [evaluations, *rivals]
-    tables = []
+    tables: list[pd.DataFrame] = []
+    scored: set[str] = set()
     for side in sides:
-        tables += [score_table(evaluation, request.bootstrap) for evaluation in side]
+        new = [evaluation for evaluation in side if evaluation.name not in scored]
+        scored |= {evaluation.name for evaluation in side}  # a rival may be one of the seeds
+        tables += [score_table(evaluation, request.bootstrap) for evaluation in new]
         if len(side) > 1:
             name = f"{side[0].name} and {len(side) - 1} more seeds"
             tables.append(seeds_table(side, request.bootstrap, name))

@@ -131,7 +131,8 @@ def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
         bootstrap=BootstrapOptions(resamples=2),
     )
     runs = found.scores["run"].unique()
-    assert list(runs) == ["seed0", "seed1", "seed2", "seed0 and 2 more seeds", "seed1", "given"]
+    assert list(runs) == ["seed0", "seed1", "seed2", "seed0 and 2 more seeds", "given"]
+    assert not found.scores.duplicated(["run", "split", "task", "scope", "kind", "metric"]).any()
     mean = found.scores[found.scores["run"] == "seed0 and 2 more seeds"]
     row = _one(mean, split="test", task="survival", metric="c_index")
     assert row["seeds"] == 3
