@@ -16,7 +16,7 @@ from modaltune.cli_parts import (
 )
 
 if TYPE_CHECKING:
-    from modaltune.evaluate_run import EvaluateResult
+    from modaltune.run_evaluation import EvaluateResult
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder of a trained model.", metavar="RUN")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -86,9 +86,9 @@ def evaluate(
     predict` (probes.json). Tables (CSV, Markdown, JSON), pictures and report.md go to --out; every
     figure has a 95 % bootstrap interval over patients, its number of cases, and what was left out.
     """
-    from modaltune.evaluate_run import EvaluateRequest, evaluate_run
     from modaltune.evaluated_cases import InputOptions
-    from modaltune.score_rows import BootstrapOptions
+    from modaltune.result_rows import BootstrapOptions
+    from modaltune.run_evaluation import EvaluateRequest, evaluate_run
 
     result = evaluate_run(
         EvaluateRequest(

@@ -18,10 +18,10 @@ from modaltune.errors import CohortError, InputError
 from modaltune.fitted_probes import POOLED, FittedProbes, ScopeProbes, fit_probes, site_names
 from modaltune.predictions import Predictions, predict_sites, predict_with
 from modaltune.probes import ProbeError, as_survival
-from modaltune.risk_groups import RiskGroups, risk_groups
-from modaltune.score_rows import mean_over
+from modaltune.result_rows import mean_over
 from modaltune.scorers import Scorer, class_scorer, survival_scorer
 from modaltune.splits import Split
+from modaltune.survival_groups import RiskGroups, risk_groups
 from modaltune.survival_metrics import SurvivalReference
 from modaltune.tables import name_few, repeated
 

@@ -38,7 +38,7 @@ from modaltune.plots import (
     p_text,
 )
 from modaltune.probes import Floats, Ints
-from modaltune.risk_groups import RiskGroups
+from modaltune.survival_groups import RiskGroups
 
 LINES: tuple[tuple[str, Any], ...] = (
     (BLUE, "-"),
@@ -50,6 +50,7 @@ LINES: tuple[tuple[str, Any], ...] = (
 )
 MARKS = ((SKY, "o"), (VERMILION, "^"), (GREEN, "s"), (ORANGE, "D"), (PINK, "v"), (BLUE, "P"))
 GROUP_LINES = {"low": (ORANGE, "--"), "high": (INK, "-")}
+MONTH_STEPS = (1, 2, 3, 6, 12, 24, 36, 60, 120)  # between ticks of a survival picture
 DPI = 200
 
 
@@ -159,7 +160,8 @@ def kaplan_meier_figure(groups: RiskGroups, title: str) -> Figure:
     axes, table = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     _title(figure, title)
     end = 1.02 * max(float(curve.durations.max()) for curve in groups.curves) or 1.0
-    ticks = [t for t in MaxNLocator(nbins=6, steps=[1, 2, 3, 6, 10]).tick_values(0, end) if t < end]
+    step = next((months for months in MONTH_STEPS if end / months <= 7), end)
+    ticks = [float(tick) for tick in np.arange(0, end, step)]
     for row, (name, curve) in enumerate(zip(groups.names, groups.curves, strict=True)):
         colour, dashes = GROUP_LINES[name]
         axes.fill_between(

@@ -13,8 +13,8 @@ import pandas as pd
 from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.errors import InputError
 from modaltune.evaluation import DIRECT, Evaluation, Place
-from modaltune.paired_tests import paired_tests
-from modaltune.score_rows import BootstrapOptions, ScoreRow, difference_rows, score_rows
+from modaltune.model_comparison import paired_tests
+from modaltune.result_rows import BootstrapOptions, ScoreRow, difference_rows, score_rows
 
 SCORE_COLUMNS = (
     "run", "split", "task", "scope", "kind", "metric", "value", "low", "high", "n", "events",

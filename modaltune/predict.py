@@ -29,13 +29,13 @@ from modaltune.cohort_embeddings import CohortEmbeddings, case_modalities, embed
 from modaltune.engine.atomic import atomic_path
 from modaltune.engine.feature_index import PT, index_features
 from modaltune.errors import CohortError, FeatureFileError, InputError
-from modaltune.evaluate_run import check_probes
 from modaltune.evaluated_cases import MissingGenes, fill_missing_genes
 from modaltune.fitted_probes import POOLED, FittedProbes, site_names
 from modaltune.omics import read_expression
 from modaltune.predictions import Predictions, predict_sites, predict_with
 from modaltune.probe_files import load_probes
-from modaltune.risk_groups import group_of
+from modaltune.run_evaluation import check_probes
+from modaltune.survival_groups import group_of
 from modaltune.tables import name_few
 
 logger = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from modaltune.evaluation_tables import (
 )
 from modaltune.fitted_probes import POOLED
 from modaltune.probe_files import save_probes
-from modaltune.score_rows import BootstrapOptions
+from modaltune.result_rows import BootstrapOptions
 from modaltune.splits import Split
 
 TASKS = ("general", "diagnosis", "survival")

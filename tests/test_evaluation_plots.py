@@ -24,7 +24,7 @@ from modaltune.evaluation_plots import (
     save_figure,
 )
 from modaltune.plots import NotDrawableError
-from modaltune.risk_groups import risk_groups
+from modaltune.survival_groups import risk_groups
 
 rng = np.random.default_rng(0)
 TRUTH = rng.random(80) < 0.3

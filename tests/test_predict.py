@@ -18,11 +18,11 @@ import modaltune
 from modaltune.cases_folder import CasesFolder
 from modaltune.cli import app
 from modaltune.errors import CheckpointError, CohortError, InputError
-from modaltune.evaluate_run import EvaluateRequest, evaluate_run
 from modaltune.fitted_probes import fit_probes
 from modaltune.predict import PredictRequest, predict_request, predict_table
 from modaltune.probe_files import load_probes
-from modaltune.score_rows import BootstrapOptions
+from modaltune.result_rows import BootstrapOptions
+from modaltune.run_evaluation import EvaluateRequest, evaluate_run
 from modaltune.testing_cohort import GENES, TASKS, small_cohort, small_run
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluate.md"

@@ -11,9 +11,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from modaltune.errors import CohortError, InputError
 from modaltune.evaluate import harrell_c_index
-from modaltune.paired_tests import paired_tests
+from modaltune.model_comparison import paired_tests
 from modaltune.predictions import Predictions, predictions_table, read_predictions
-from modaltune.score_rows import (
+from modaltune.result_rows import (
     BootstrapOptions,
     DifferenceRow,
     ScoreRow,

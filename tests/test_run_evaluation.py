@@ -16,10 +16,10 @@ from modaltune.cases_folder import CasesFolder, file_sha256
 from modaltune.cli import app
 from modaltune.cohort_embeddings import read_embeddings
 from modaltune.errors import CheckpointError, CohortError, InputError
-from modaltune.evaluate_run import EvaluateRequest, EvaluateResult, evaluate_run, run_names
 from modaltune.evaluated_cases import InputOptions, embed_cases, run_split
 from modaltune.probe_files import load_probes
-from modaltune.score_rows import BootstrapOptions
+from modaltune.result_rows import BootstrapOptions
+from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run, run_names
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
 
 POINTS = BootstrapOptions(resamples=0)

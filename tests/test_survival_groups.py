@@ -9,7 +9,7 @@ from sksurv.nonparametric import kaplan_meier_estimator
 from sksurv.util import Surv
 
 from modaltune.errors import InputError
-from modaltune.risk_groups import group_of, kaplan_meier, risk_groups
+from modaltune.survival_groups import group_of, kaplan_meier, risk_groups
 
 rng = np.random.default_rng(4)
 TIME, DIED = np.ceil(rng.exponential(30, 70)), (rng.random(70) < 0.7) * 1.0

@@ -32,7 +32,7 @@ from modaltune.evaluation_tables import (
 from modaltune.fitted_probes import FittedProbes
 from modaltune.predictions import predictions_table, read_predictions
 from modaltune.probe_files import load_probes, save_probes
-from modaltune.score_rows import BootstrapOptions
+from modaltune.result_rows import BootstrapOptions
 
 logger = logging.getLogger(__name__)
 
