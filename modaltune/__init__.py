@@ -17,8 +17,10 @@ _LAZY = {
     "Cohort": "modaltune.cases",
     "ModalTune": "modaltune.model",
     "ModalTuneConfig": "modaltune.config",
+    "load_probes": "modaltune.probe_files",
     "load_run": "modaltune.checkpoint",
     "open_slide": "modaltune.engine.readers",
+    "predict_table": "modaltune.predict",
     "read_features": "modaltune.engine.store",
 }
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from modaltune.engine.readers import open_slide as open_slide
     from modaltune.engine.store import read_features as read_features
     from modaltune.model import ModalTune as ModalTune
+    from modaltune.predict import predict_table as predict_table
+    from modaltune.probe_files import load_probes as load_probes
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import typer
 
 from modaltune.benchmarks.command import bench_app
 from modaltune.cli_cases import cases_app
+from modaltune.cli_evaluate import evaluate, predict
 from modaltune.cli_export import export_encoder
 from modaltune.cli_ledger import retry, status
 from modaltune.cli_measure import plan, profile
@@ -307,7 +308,7 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> No
         )  # fmt: skip
 
 
-for command in (status, retry, plan, profile, train):
+for command in (status, retry, plan, profile, train, evaluate, predict):
     app.command()(command)
 app.command("export-encoder")(export_encoder)
 

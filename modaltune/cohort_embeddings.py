@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from modaltune.cases import Case, Cohort, prepare_cases
 from modaltune.checkpoint import Run
 from modaltune.engine.atomic import atomic_path
+from modaltune.errors import CohortError
+from modaltune.tables import name_few, naming_damage
 
 CASES_IN_MEMORY = 16  # whose tile features are held at once
 ALIKE = 0.98  # cosine above which two different cases count as the same embedding
@@ -132,3 +136,55 @@ def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
     return path
+
+
+@dataclass(frozen=True)
+class EmbeddingsTable:
+    """What `write_embeddings` wrote.
+
+    Attributes:
+        case_ids: N cases, in the order of the file.
+        tasks: T task prompts.
+        values: `[N, T, out_features]` float32.
+        modalities: What each case's embedding was made of.
+        provenance: The file's metadata.
+    """
+
+    case_ids: tuple[str, ...]
+    tasks: tuple[str, ...]
+    values: npt.NDArray[np.float32]
+    modalities: tuple[tuple[str, ...], ...]
+    provenance: dict[str, Any]
+
+
+def read_embeddings(path: str | Path) -> EmbeddingsTable:
+    """Read `embeddings.parquet`.
+
+    Raises:
+        CohortError: The file is damaged, or no whole table of embeddings.
+    """
+    path = Path(path)
+    with naming_damage(path, "a table of embeddings (Parquet)"):
+        table = pq.read_table(path)
+        provenance = json.loads((table.schema.metadata or {}).get(b"modaltune", b"{}"))
+    needed = {"case_id", "task", "modalities", "embedding"}
+    if not needed <= set(table.column_names):
+        raise CohortError(
+            f"{path} must have the columns {', '.join(sorted(needed))}, got "
+            f"{name_few(table.column_names)}; write it with modaltune embed or evaluate"
+        )
+    rows, prompts = table["case_id"].to_pylist(), table["task"].to_pylist()
+    tasks = tuple(dict.fromkeys(prompts))
+    ids = tuple(dict.fromkeys(rows))
+    if [(c, t) for c in ids for t in tasks] != list(zip(rows, prompts, strict=True)):
+        raise CohortError(
+            f"{path} must hold every task prompt of every case, in one order, got "
+            f"{len(rows)} rows of {len(ids)} cases and {len(tasks)} prompts; embed them again"
+        )
+    flat = table["embedding"].combine_chunks()
+    values = flat.values.to_numpy(zero_copy_only=False).astype(np.float32)
+    width = flat.type.list_size
+    used = tuple(tuple(m) for m in table["modalities"].to_pylist()[:: len(tasks) or 1])
+    return EmbeddingsTable(
+        ids, tasks, values.reshape(len(ids), len(tasks), width), used, provenance
+    )

@@ -11,6 +11,8 @@ from rich.table import Table
 from modaltune.engine.ledger_report import SetStatus
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from modaltune.engine.folder import EmbedReport
 
 STATUS_STYLE = {
@@ -22,6 +24,7 @@ STATUS_STYLE = {
     "running": "cyan",
     "pending": "dim",
 }
+_VALUE_COLUMNS = 5  # of a wide table, beside what names its rows
 LEASE_STYLE = {"alive": "green", "gone": "yellow", "expired": "yellow"}
 
 
@@ -154,3 +157,17 @@ def _problem_table(one: SetStatus, most: int) -> Table:
     if len(one.problems) > most:
         table.add_row(f"and {len(one.problems) - most} more, all with --json", "", "", "")
     return table
+
+
+def frame_tables(frame: pd.DataFrame, title: str, key: Sequence[str]) -> Iterator[Table]:
+    """Return a data frame as narrow tables: the key columns and some of the others each."""
+    values = [name for name in frame.columns if name not in key]
+    step = _VALUE_COLUMNS if key else len(values)
+    for first in range(0, len(values), step or 1):
+        shown = [*key, *values[first : first + step]]
+        table = Table(title=escape(title), title_justify="left")
+        for name in shown:
+            table.add_column(escape(str(name).replace("_", " ")), overflow="fold")
+        for row in frame[shown].itertuples(index=False):
+            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
+        yield table

@@ -38,7 +38,7 @@ BLUE, PINK, GREEN, SKY, VERMILION, ORANGE = (
 )
 SERIES = ((BLUE, "-"), (PINK, (0, (5, 2))), (GREEN, (0, (1.5, 1.5))))
 CLASS_MARKS = ((SKY, "o"), (VERMILION, "^"))
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -100,7 +100,7 @@ class RiskHalves:
     p_value: float
 
 
-@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def metric_bars(name: str, values: Mapping[str, Interval], axis_label: str) -> str:
     """Draw one bar per choice of inputs, with its interval, from 0 to 1; 0.5 is chance.
 
@@ -131,7 +131,7 @@ def metric_bars(name: str, values: Mapping[str, Interval], axis_label: str) -> s
     return _svg(figure, name)
 
 
-@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def planted_scatter(name: str, points: PlantedPoints) -> str:
     """Draw image against genes, with what each shows of the classes alone along the edges.
 
@@ -163,7 +163,7 @@ def planted_scatter(name: str, points: PlantedPoints) -> str:
     return _svg(figure, name)
 
 
-@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def roc_curves(
     name: str, classes: npt.NDArray[np.int64], probabilities: Mapping[str, Floats]
 ) -> str:
@@ -223,7 +223,7 @@ def split_by_risk(durations: Floats, events: Floats, risk: Floats) -> RiskHalves
     return RiskHalves(high, low, float(test.p_value))
 
 
-@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def survival_curves(name: str, durations: Floats, events: Floats, halves: RiskHalves) -> str:
     """Draw Kaplan-Meier curves of both halves with 95 % bands, and how many are still at risk."""
     figure = Figure(figsize=(4.7, 4.3), layout="constrained")
@@ -257,7 +257,7 @@ def survival_curves(name: str, durations: Floats, events: Floats, halves: RiskHa
     return _svg(figure, name)
 
 
-@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+@matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def prediction_map(
     name: str, probability: Floats, risk: Floats, classes: npt.NDArray[np.int64]
 ) -> str:

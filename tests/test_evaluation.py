@@ -1,0 +1,309 @@
+"""Evaluation of embeddings: golden probes, nothing of the test set is fitted on, sites, cohorts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from modaltune.errors import CohortError, InputError
+from modaltune.evaluation import (
+    DIRECT,
+    MEAN_OF_SITES,
+    EmbeddedCases,
+    Evaluation,
+    Place,
+    evaluate_cases,
+    evaluate_predictions,
+    fit_on,
+)
+from modaltune.evaluation_tables import (
+    comparison_table,
+    fit_table,
+    headline_table,
+    json_rows,
+    markdown,
+    score_table,
+    seeds_table,
+    write_table,
+)
+from modaltune.fitted_probes import POOLED
+from modaltune.probe_files import save_probes
+from modaltune.result_rows import BootstrapOptions
+from modaltune.splits import Split
+
+TASKS = ("general", "diagnosis", "survival")
+POINTS = BootstrapOptions(resamples=0)
+FAST = BootstrapOptions(resamples=8)
+
+
+def _study(
+    n: int = 160, sites: tuple[str, ...] = ("breast",), seed: int = 0
+) -> tuple[EmbeddedCases, Split]:
+    rng = np.random.default_rng(seed)
+    ids = [f"P{k:03d}" for k in range(n)]
+    x = rng.normal(size=(n, 3, 6))
+    death, leaving = rng.exponential(40 * np.exp(-x[:, 2, 1])), rng.uniform(5, 120, n)
+    clinical = pd.DataFrame(
+        {
+            "primary_class": (x[:, 1, 0] + 0.5 * rng.normal(size=n) > 0).astype(int),
+            "survival_months": np.ceil(np.minimum(death, leaving)),
+            "event": (death <= leaving).astype(float),
+            "site": rng.choice(sites, n),
+        },
+        index=ids,
+    )
+    for number, site in enumerate(sites):
+        x[clinical["site"] == site, :, 4] += 3 * number
+    clinical.iloc[::13, 0] = -1
+    clinical.iloc[4::17, 1] = np.nan
+    order = rng.permutation(ids)
+    split = Split(tuple(order[: n // 2]), tuple(order[n // 2 : 5 * n // 8]),
+                  tuple(order[5 * n // 8 :]))  # fmt: skip
+    return EmbeddedCases(tuple(ids), x, TASKS, clinical), split
+
+
+def _one(table: pd.DataFrame, **where: str) -> Any:
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+@pytest.fixture(scope="module")
+def study() -> tuple[EmbeddedCases, Split, Evaluation]:
+    cases, split = _study()
+    return cases, split, evaluate_cases(cases, split, name="mine")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["case7_eval_binary", "case7_eval_3class"])
+def test_golden_scores(shared_dir: Path, name: str) -> None:
+    """The published figures come out of the whole evaluation, joined by id in another order."""
+    tensors = load_file(shared_dir / "golden" / f"{name}.safetensors")
+    meta = json.loads((shared_dir / "golden" / f"{name}.json").read_text())
+    tables, values, parts = [], [], {}
+    for part in ("train", "test"):
+        count = len(tensors[f"in/x_{part}"])
+        ids = [f"{part}{k}" for k in range(count)]
+        columns = {
+            "primary_class": tensors[f"in/{part}.primary_class"].astype(int),
+            "survival_months": tensors[f"in/{part}.durations"].astype(float),
+            "event": tensors[f"in/{part}.vital_status"].astype(float),
+        }
+        tables.append(pd.DataFrame(columns, index=ids))
+        values.append(tensors[f"in/x_{part}"])
+        parts[part] = tuple(ids)
+    clinical = pd.concat(tables)
+    tasks = tuple(meta["metrics"])
+    cases = EmbeddedCases(
+        tuple(clinical.index[::-1]), np.concatenate(values)[::-1], tasks, clinical
+    )
+    found = evaluate_cases(cases, Split(parts["train"], (), parts["test"]), parts=("test",))
+    scores = score_table(found, POINTS)
+    excluded = int((tensors["in/test.primary_class"] < 0).sum())
+    for task, metrics in meta["metrics"].items():
+        row = _one(scores, task=task, metric="c_index")
+        assert row["value"] == pytest.approx(metrics["test_c_index"], abs=1e-6)
+        row = _one(scores, task=task, metric="balanced_accuracy")
+        assert row["n"] == len(parts["test"]) - excluded
+        if not excluded:  # the published script counts class -1 as a class nobody predicts
+            assert row["value"] == pytest.approx(metrics["test_balanced_accuracy"])
+            row = _one(scores, task=task, metric="accuracy")
+            assert row["value"] == pytest.approx(metrics["test_accuracy"])
+
+
+@pytest.mark.parametrize("sites", [("breast",), ("breast", "kidney")])
+def test_nothing_is_fitted_on_the_other_cases(sites: tuple[str, ...], tmp_path: Path) -> None:
+    """Labels, follow-up, sites and embeddings of validation and test change no byte of what is
+    fitted: probes, baseline survival, risk cut, censoring weights, times of the metrics."""
+    cases, split = _study(sites=sites)
+    rng = np.random.default_rng(5)
+    judged = [*split.val, *split.test]
+    other = cases.clinical.copy()
+    for column in other:
+        other.loc[judged, column] = rng.permutation(other.loc[judged, column].to_numpy())
+    x = cases.embeddings.copy()
+    rows = [cases.case_ids.index(case) for case in judged]
+    x[rows] = rng.permutation(x[rows]) * 5
+    shuffled = EmbeddedCases(cases.case_ids, x, TASKS, other)
+    first, second = evaluate_cases(cases, split), evaluate_cases(shuffled, split)
+    assert first.fitted is not None
+    assert second.fitted is not None
+    save_probes(tmp_path / "a", first.fitted)
+    save_probes(tmp_path / "b", second.fitted)
+    for name in ("probes.json", "probes.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert [g.cut for g in first.groups.values()] == [g.cut for g in second.groups.values()]
+    # And the scores did change: it was the same place that was shuffled.
+    where = {"split": "test", "task": "diagnosis", "metric": "auroc", "scope": sites[0]}
+    where["scope"] = POOLED if len(sites) == 1 else sites[0]
+    where["kind"] = "class"
+    one, two = (_one(score_table(e, POINTS), **where)["value"] for e in (first, second))
+    assert one > 0.8
+    assert two < 0.75
+
+
+def test_shuffled_training_labels_are_at_chance() -> None:
+    cases, split = _study(n=400)
+    rng = np.random.default_rng(0)
+    clinical = cases.clinical.copy()
+    for column in ("primary_class", "survival_months", "event"):
+        train = list(split.train)
+        clinical.loc[train, column] = rng.permutation(clinical.loc[train, column].to_numpy())
+    found = evaluate_cases(replace(cases, clinical=clinical), split, parts=("test",))
+    scores = score_table(found, POINTS)
+    shown = scores[scores["metric"].isin(["auroc", "c_index"])]["value"]
+    # 150 test cases: two standard deviations of an AUROC at chance are about 0.1.
+    assert (abs(shown - 0.5) < 0.16).all()
+
+
+def test_the_right_prompt_finds_what_it_holds(study: Any) -> None:
+    scores = score_table(study[2], FAST)
+    headline = headline_table(scores)
+    assert list(headline["task"]) == list(TASKS)
+    auroc = {t: _one(scores, split="test", task=t, metric="auroc")["value"] for t in TASKS}
+    index = {t: _one(scores, split="test", task=t, metric="c_index")["value"] for t in TASKS}
+    assert max(auroc, key=auroc.__getitem__) == "diagnosis"
+    assert max(index, key=index.__getitem__) == "survival"
+    row = _one(scores, split="test", task="survival", metric="c_index")
+    assert 0.6 < row["low"] < row["value"] < row["high"]
+    assert headline["c_index"][2] == f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
+    groups = _one(scores, split="test", task="survival", metric="log_rank_p")
+    assert groups["value"] < 0.01
+    assert "cut at the training median" in groups["note"]
+
+
+def test_every_test_case_is_in_every_metric(study: Any) -> None:
+    cases, split, found = study
+    for place, scorer in found.scorers.items():
+        assert len(scorer.case_ids) + sum(scorer.left_out.values()) == len(split.parts[place.split])
+    some = EmbeddedCases(cases.case_ids[:120], cases.embeddings[:120], TASKS, cases.clinical)
+    less = evaluate_cases(some, split)
+    gone = set(cases.case_ids[120:])
+    assert set(less.missing["test"]) == set(split.test) & gone
+    for place, scorer in less.scorers.items():
+        left = scorer.left_out["no prediction"]
+        assert left == len(set(split.parts[place.split]) & gone)
+
+
+def test_several_sites() -> None:
+    cases, split = _study(n=240, sites=("breast", "kidney"))
+    found = evaluate_cases(cases, split, parts=("test",))
+    assert Place("test", "general", POOLED, "class") not in found.scorers
+    scores = score_table(found, FAST)
+    site = _one(scores, task="general", kind="site", metric="balanced_accuracy")
+    assert site["value"] > 0.85
+    each = [_one(scores, task="diagnosis", scope=s, metric="auroc") for s in ("breast", "kidney")]
+    mean = _one(scores, task="diagnosis", scope=MEAN_OF_SITES, metric="auroc")
+    assert mean["value"] == pytest.approx(np.mean([row["value"] for row in each]))
+    assert mean["n"] == sum(row["n"] for row in each)
+    pooled = _one(scores, task="survival", scope=POOLED, metric="c_index")
+    assert pooled["n"] > max(row["n"] for row in each)
+    assert "site_balanced_accuracy" in headline_table(scores)
+
+
+def test_another_cohort_with_the_probes_of_the_first() -> None:
+    """Classes of another site mean other diagnoses and are not scored; risks are."""
+    cases, split = _study()
+    fitted = fit_on(cases, split.train)
+    other, parts = _study(sites=("bladder",), seed=3)
+    found = evaluate_cases(other, parts, fitted=fitted, parts=("test",))
+    assert found.fitted is fitted
+    scores = score_table(found, POINTS)
+    row = _one(scores, task="diagnosis", metric="auroc")
+    assert row["n"] == 0
+    assert row["left_out"] == f"class of another site: {len(parts.test)}"
+    assert _one(scores, task="survival", metric="c_index")["value"] > 0.65
+    same = evaluate_cases(cases, split, fitted=fitted, parts=("test",))
+    assert _one(score_table(same, POINTS), task="diagnosis", metric="auroc")["n"] > 0
+    renamed = replace(other, tasks=("a", "b", "c"))
+    with pytest.raises(InputError, match="must be probes of the task prompts a, b, c"):
+        evaluate_cases(renamed, parts, fitted=fitted)
+
+
+def test_direct_predictions_enter_the_same_tables(study: Any) -> None:
+    cases, split, found = study
+    place = Place("test", "diagnosis", POOLED, "class")
+    said = found.predictions[place]
+    direct = evaluate_predictions(said, cases.clinical, split, name="rival", parts=("test",))
+    mine = score_table(found, POINTS)
+    theirs = score_table(direct, POINTS)
+    for metric in ("auroc", "brier", "c_index", "uno_c_index", "integrated_brier"):
+        own = _one(mine, split="test", task="diagnosis", metric=metric)
+        given = _one(theirs, split="test", task=DIRECT, metric=metric)
+        assert given["value"] == own["value"]
+        assert given["n"] == own["n"]
+    assert direct.groups == {}  # no prediction for training cases: no cut
+    table = comparison_table([found], [direct], FAST)
+    row = _one(table, split="test", task="diagnosis", metric="auroc")
+    assert (row["difference"], row["p_delong"]) == (0, 1)
+    assert _one(table, split="test", task="general", metric="auroc")["difference"] < 0
+
+
+def test_comparison_and_seeds(study: Any, tmp_path: Path) -> None:
+    cases, split, found = study
+    noise = np.random.default_rng(9).normal(size=cases.embeddings.shape)
+    worse = [
+        evaluate_cases(replace(cases, embeddings=cases.embeddings + k * noise), split, name=f"n{k}")
+        for k in (3, 4, 5)
+    ]
+    table = comparison_table([found], worse[:1], FAST)
+    row = _one(table, split="test", task="survival", metric="c_index")
+    assert row["difference"] == pytest.approx(row["first_value"] - row["second_value"])
+    assert row["low"] > 0
+    assert row["p_permutation"] < 0.3
+    many = comparison_table([found], worse, FAST)
+    assert set(many["seeds"]) == {"1 and 3"}
+    seeds = seeds_table(worse, FAST, "noisy")
+    row = _one(seeds, split="test", task="survival", metric="c_index")
+    each = [
+        _one(score_table(e, POINTS), split="test", task="survival", metric="c_index")["value"]
+        for e in worse
+    ]
+    assert row["value"] == pytest.approx(np.mean(each))
+    assert row["sd"] == pytest.approx(np.std(each, ddof=1))
+    assert "±" in headline_table(seeds)["c_index"][2]
+    paths = write_table(tmp_path, "seeds", seeds)
+    assert [p.name for p in paths] == ["seeds.csv", "seeds.md", "seeds.json"]
+    again = pd.read_csv(paths[0])
+    np.testing.assert_allclose(again["value"], seeds["value"])
+    assert json.loads(paths[2].read_text()) == json_rows(seeds)
+    assert paths[1].read_text().count("\n") == len(seeds) + 2
+    with pytest.raises(InputError, match="two or more seeds, got 1"):
+        seeds_table(worse[:1], FAST, "x")
+
+
+def test_fits_say_how_they_went(study: Any) -> None:
+    fits = fit_table(study[2])
+    assert list(fits["task"]) == list(TASKS)
+    assert fits["cox_converged"].all()
+    assert set(fits["cox_penalizer"]) == {0.1}
+    assert (fits["cox_deaths"] < fits["cox_cases"]).all()
+
+
+def test_markdown_is_a_table() -> None:
+    table = pd.DataFrame({"a|b": ["x|y", "z"], "n": [1, 2], "v": [0.00001, float("nan")]})
+    lines = markdown(table).splitlines()
+    assert lines[0] == "| a|b | n | v |"
+    assert lines[1] == "|---|---:|---:|"
+    assert lines[2] == "| x\\|y | 1 | 1e-05 |"
+    assert lines[3] == "| z | 2 |  |"
+
+
+def test_bad_input() -> None:
+    cases, split = _study(20)
+    with pytest.raises(InputError, match=r"must have shape \[20, 3, d\], got \[20, 2, 6\]"):
+        replace(cases, embeddings=cases.embeddings[:, :2])
+    with pytest.raises(InputError, match="must name each case once"):
+        replace(cases, case_ids=("P000", *cases.case_ids[:-1]))
+    with pytest.raises(CohortError, match="event"):
+        replace(cases, clinical=cases.clinical.drop(columns="event"))
+    with pytest.raises(CohortError, match="train must hold cases with embeddings, got none of 1"):
+        evaluate_cases(cases, Split(("nobody",), (), split.test))

@@ -1,0 +1,242 @@
+"""`modaltune evaluate` on small real files: own cases, seeds, rivals, another cohort, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from modaltune.cases_folder import CasesFolder, file_sha256
+from modaltune.cli import app
+from modaltune.cohort_embeddings import read_embeddings
+from modaltune.errors import CheckpointError, CohortError, InputError
+from modaltune.evaluated_cases import InputOptions, embed_cases, run_split
+from modaltune.probe_files import load_probes
+from modaltune.result_rows import BootstrapOptions
+from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run, run_names
+from modaltune.testing_cohort import TASKS, small_cohort, small_run
+
+POINTS = BootstrapOptions(resamples=0)
+
+
+class Study(NamedTuple):
+    """A cohort, three runs of it, and another cohort."""
+
+    cases: CasesFolder
+    runs: tuple[Path, ...]
+    other: CasesFolder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("study")
+    cases = small_cohort(folder / "breast", cases=70)
+    runs = tuple(small_run(folder / f"seed{k}", cases, seed=k) for k in range(3))
+    bladder = folder / "bladder"
+    other = small_cohort(bladder, seed=1, cases=70, sites=("bladder",), prefix="B")
+    return Study(cases, runs, other)
+
+
+def _evaluate(study: Study, **options: Any) -> EvaluateResult:
+    options = {"bootstrap": POINTS, "pictures": False, **options}
+    return evaluate_run(EvaluateRequest(run=study.runs[0], **options))
+
+
+def _one(table: pd.DataFrame, **where: str) -> Any:
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+def test_the_command(study: Study, tmp_path: Path) -> None:
+    """The command on the run's own cases writes tables, pictures, predictions and probes."""
+    out = tmp_path / "out"
+    said = CliRunner().invoke(
+        app, ["evaluate", str(study.runs[0]), "--out", str(out), "--bootstrap", "5", "--json"]
+    )
+    assert said.exit_code == 0, said.output
+    read = json.loads(said.stdout)
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "embeddings", "pictures", "predictions.parquet", "report.md", "evaluation.json",
+        *(f"{table}.{kind}" for table in ("scores", "fits") for kind in ("csv", "md", "json")),
+    }  # fmt: skip
+    assert read["own_cases"]
+    assert read["random_backbone"]
+    assert read["scores"] == json.loads((out / "scores.json").read_text())
+    drawn = {path.name for path in (out / "pictures").iterdir()}
+    assert drawn == set(read["pictures"])
+    for picture in ("roc_test_pooled", "forest_test", "kaplan_meier_test_survival_pooled",
+                    "calibration_test_diagnosis_pooled", "embeddings_test_general",
+                    "precision_recall_test_pooled"):  # fmt: skip
+        assert {f"{picture}.png", f"{picture}.svg"} <= drawn
+    report = (out / "report.md").read_text()
+    assert "slide encoder of this model is random" in report
+    assert "## Test cases" in report
+    assert load_probes(study.runs[0]).info["cases_sha256"] == study.cases.sha256
+    split = run_split(study.runs[0])
+    assert split is not None
+    predicted = pd.read_parquet(out / "predictions.parquet")
+    one = predicted[(predicted["split"] == "test") & (predicted["task"] == "general")]
+    gone = read["without_embedding"]["test"]
+    assert sorted([*one["case_id"], *gone]) == list(split.test)
+
+
+def test_what_is_printed(study: Study, tmp_path: Path) -> None:
+    said = CliRunner().invoke(
+        app,
+        ["evaluate", str(study.runs[0]), "--out", str(tmp_path), "--bootstrap", "0",
+         "--no-pictures", "--compare", str(study.runs[1])],
+        env={"COLUMNS": "200"},
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    assert "uno c index" in said.stdout
+    assert "First minus second" in said.stdout
+    assert "random, not pretrained" in said.stdout
+
+
+def test_embeddings_are_made_once(study: Study, tmp_path: Path) -> None:
+    first = embed_cases(study.runs[0], cache=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    table = read_embeddings(kept)
+    assert table.tasks == TASKS
+    stamp = kept.stat().st_mtime_ns
+    again = embed_cases(study.runs[0], cache=tmp_path)
+    assert kept.stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(first.cases.embeddings, again.cases.embeddings)
+    assert first.modalities == again.modalities
+    assert set(first.modalities.values()) == {("slide",), ("genes",), ("slide", "genes")}
+    assert set(study.cases.case_ids) - set(first.cases.case_ids)  # neither slide nor genes
+    embed_cases(study.runs[1], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
+    alone = _evaluate(study, out=tmp_path / "alone")
+    table = pd.read_parquet(tmp_path / "alone" / "predictions.parquet")
+    given = tmp_path / "given.csv"
+    table[table["task"] == "survival"].to_csv(given, index=False)
+    found = _evaluate(
+        study,
+        out=tmp_path / "out",
+        seeds=study.runs[1:],
+        compare=((study.runs[1],), (given,)),
+        bootstrap=BootstrapOptions(resamples=2),
+    )
+    runs = found.scores["run"].unique()
+    assert list(runs) == ["seed0", "seed1", "seed2", "seed0 and 2 more seeds", "given"]
+    assert not found.scores.duplicated(["run", "split", "task", "scope", "kind", "metric"]).any()
+    mean = found.scores[found.scores["run"] == "seed0 and 2 more seeds"]
+    row = _one(mean, split="test", task="survival", metric="c_index")
+    assert row["seeds"] == 3
+    assert row["value"] == pytest.approx(
+        np.mean([float(v) for v in row["values"].split()]), abs=1e-4
+    )
+    where = {"split": "test", "task": "survival", "metric": "c_index"}
+    assert _one(found.scores[found.scores["run"] == "seed0"], **where)["value"] == pytest.approx(
+        _one(alone.scores, **where)["value"]
+    )
+    direct = found.scores[found.scores["run"] == "given"]
+    assert _one(direct, split="test", metric="c_index")["value"] == pytest.approx(
+        _one(alone.scores, **where)["value"]
+    )
+    assert set(found.comparison["second"]) == {"seed1", "given"}
+    assert set(found.comparison["seeds"]) == {"3 and 1"}
+    assert "## Differences, first minus second" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_another_cohort(study: Study) -> None:
+    """Its own probes by default, or everything fitted on the first cohort."""
+    _evaluate(study)
+    before = (study.runs[0] / "probes.json").read_bytes()
+    found = _evaluate(study, cases=study.other.path)
+    out = study.runs[0] / "evaluation-bladder"
+    assert out / "scores.csv" in found.written
+    assert load_probes(out).sites == ("bladder",)
+    assert (study.runs[0] / "probes.json").read_bytes() == before
+    assert not found.summary["own_cases"]
+    first = _evaluate(study, cases=study.other.path, probes="run")
+    row = _one(first.scores, split="test", task="general", metric="auroc")
+    assert row["n"] == 0
+    assert "class of another site" in row["left_out"]
+    other = _one(first.scores, split="test", task="survival", metric="c_index")
+    own = _one(found.scores, split="test", task="survival", metric="c_index")
+    assert other["n"] == own["n"] > 0
+    assert other["value"] != own["value"]
+
+
+def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:
+    by_run = embed_cases(study.runs[0], cases=study.other.path)
+    scaled = InputOptions(genes_scaled_by="cases")
+    by_cases = embed_cases(study.runs[0], cases=study.other.path, options=scaled)
+    assert not np.allclose(by_run.cases.embeddings, by_cases.cases.embeddings)
+    # Scaling knows the training part only: other values of a test case move that case alone.
+    moved = tmp_path / "moved"
+    shutil.copytree(study.other.path, moved)
+    (case,) = [c for c in by_run.split.test if "genes" in by_run.modalities.get(c, ())][:1]
+    table = pd.read_parquet(moved / "expression.parquet").set_index("case_id")
+    table.loc[case] += 50
+    table.reset_index().to_parquet(moved / "expression.parquet")
+    folder = CasesFolder.open(moved, verify=False)
+    described = json.loads((moved / "cases.json").read_text())
+
+    described["files"]["expression.parquet"] = file_sha256(moved / "expression.parquet")
+    (moved / "cases.json").write_text(json.dumps(described))
+    assert folder.path == moved
+    changed = embed_cases(study.runs[0], cases=moved, options=scaled)
+    differs = np.abs(changed.cases.embeddings - by_cases.cases.embeddings).max((1, 2)) > 1e-7
+    assert [c for c, d in zip(changed.cases.case_ids, differs, strict=True) if d] == [case]
+
+
+def test_genes_that_the_other_table_lacks(study: Study, tmp_path: Path) -> None:
+    table = study.other.expression
+    assert table is not None
+    lacking = tmp_path / "lacking"
+    shutil.copytree(study.other.path, lacking)
+    table.drop(columns="G4").reset_index().to_parquet(lacking / "expression.parquet")
+
+    described = json.loads((lacking / "cases.json").read_text())
+    described["files"]["expression.parquet"] = file_sha256(lacking / "expression.parquet")
+    (lacking / "cases.json").write_text(json.dumps(described))
+    with pytest.raises(CohortError, match=r"1 missing \(G4\)"):
+        embed_cases(study.runs[0], cases=lacking)
+    filled = embed_cases(study.runs[0], cases=lacking, options=InputOptions(missing_genes="mean"))
+    assert len(filled.cases.case_ids) > 60
+
+
+def test_refusals(study: Study, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(study.runs[0], copy, ignore=shutil.ignore_patterns("embeddings", "evaluation*"))
+    split = json.loads((copy / "split.json").read_text())
+    split["train"], split["test"] = split["test"], split["train"]
+    (copy / "split.json").write_text(json.dumps(split))
+    with pytest.raises(CohortError, match=r"must be new to every run, got .* trained on"):
+        _evaluate(study, out=tmp_path / "a", compare=((copy,),))
+    with pytest.raises(CohortError, match=r"must be new to run .* got .* trained on"):
+        embed_cases(copy, fold=0)
+    (copy / "probes.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="got no fitted probes"):
+        evaluate_run(EvaluateRequest(run=copy, probes="run", out=tmp_path / "b"))
+    _evaluate(study)
+    for name in ("probes.json", "probes.safetensors"):
+        shutil.copy(study.runs[0] / name, study.runs[1] / name)
+    with pytest.raises(CheckpointError, match="got probes of other weights"):
+        evaluate_run(EvaluateRequest(run=study.runs[1], probes="run", out=tmp_path / "c"))
+    described = json.loads((copy / "run.json").read_text())
+    described["info"] = {}
+    (copy / "run.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="--cases must be given, since run"):
+        embed_cases(copy)
+
+
+def test_names_of_runs_tell_them_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c.parquet"]
+    assert run_names([*folders, folders[0]]) == ["a/run", "b/run", "c", "a/run"]
+    assert run_names([folders[0], folders[0]]) == ["run", "run"]

@@ -1,0 +1,259 @@
+"""Scorers: joined by id, every case counted, no class or death in the test set, comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from modaltune.errors import CohortError, InputError
+from modaltune.evaluate import harrell_c_index
+from modaltune.model_comparison import paired_tests
+from modaltune.predictions import Predictions, predictions_table, read_predictions
+from modaltune.result_rows import (
+    BootstrapOptions,
+    DifferenceRow,
+    ScoreRow,
+    difference_rows,
+    mean_over,
+    score_rows,
+)
+from modaltune.scorers import Scorer, class_scorer, survival_scorer
+from modaltune.survival_metrics import SurvivalReference
+
+FAST = BootstrapOptions(resamples=40)
+
+
+def _labels(n: int = 60, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    death, leaving = rng.exponential(40, n), rng.uniform(5, 100, n)
+    table = {
+        "primary_class": rng.integers(0, 2, n),
+        "survival_months": np.ceil(np.minimum(death, leaving)),
+        "event": (death <= leaving).astype(float),
+    }
+    return pd.DataFrame(table, index=[f"P{k:02d}" for k in range(n)])
+
+
+def _said(labels: pd.DataFrame, seed: int = 1, skill: float = 1.0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    own = 1 / (
+        1 + np.exp(-skill * (2 * labels["primary_class"] - 1) - rng.normal(size=len(labels)))
+    )
+    risk = -skill * np.log(labels["survival_months"].fillna(20.0)) + rng.normal(size=len(labels))
+    months = np.array([10.0, 20, 30, 40])
+    curves = np.exp(-np.outer(np.exp(risk - risk.mean()), months / 60))
+    return Predictions(
+        tuple(labels.index), np.array([0, 1]), np.stack([1 - own, own], axis=1),
+        risk.to_numpy(), curves, months,
+    )  # fmt: skip
+
+
+def _values(scorer: Scorer | None) -> dict[str, float]:
+    assert scorer is not None
+    return dict(zip(scorer.names, scorer.score(np.arange(len(scorer.case_ids))), strict=True))
+
+
+def _by_name(rows: list[Any]) -> dict[str, Any]:
+    return {row.metric: row for row in rows}
+
+
+def test_joined_by_id_whatever_the_order() -> None:
+    labels = _labels()
+    said = _said(labels)
+    mixed = said.take([f"P{k:02d}" for k in np.random.default_rng(3).permutation(60)])
+    one, two = _values(class_scorer(said, labels)), _values(class_scorer(mixed, labels[::-1]))
+    assert one == pytest.approx(two)
+    own = said.probabilities
+    assert own is not None
+    assert one["auroc"] == pytest.approx(roc_auc_score(labels["primary_class"], own[:, 1]))
+    assert one["balanced_accuracy"] == pytest.approx(
+        balanced_accuracy_score(labels["primary_class"], own[:, 1] > 0.5)
+    )
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    one = _values(survival_scorer(said, labels, reference))
+    two = _values(survival_scorer(mixed, labels[::-1], reference))
+    assert one == pytest.approx(two, abs=1e-6)  # torchsurv sums in float32
+    assert one["c_index"] == harrell_c_index(labels["survival_months"], labels["event"], said.risk)
+
+
+def test_every_case_is_scored_or_counted() -> None:
+    labels = _labels()
+    labels.iloc[:3, 0] = -1
+    labels.iloc[2:6, 1] = np.nan
+    labels.iloc[6, 2] = np.nan
+    full = _said(labels)
+    assert full.probabilities is not None
+    assert full.risk is not None
+    full.probabilities[10] = np.nan
+    full.risk[11:13] = np.nan
+    said = full.take(list(labels.index[:-5]))
+    labels = labels.drop(index="P20")
+    asked = [f"P{k:02d}" for k in range(60)]
+    scorer = class_scorer(said, labels, asked, foreign=["P30"])
+    assert scorer is not None
+    assert scorer.left_out == {
+        "no class (-1)": 3, "no probability": 1, "no prediction": 5, "no label row": 1,
+        "class of another site": 1,
+    }  # fmt: skip
+    assert len(scorer.case_ids) + sum(scorer.left_out.values()) == 60
+    scorer = survival_scorer(said, labels, None, asked)
+    assert scorer is not None
+    assert scorer.left_out == {
+        "no survival time": 4, "no vital status": 1, "no risk": 2, "no prediction": 5,
+        "no label row": 1,
+    }  # fmt: skip
+    assert len(scorer.case_ids) + sum(scorer.left_out.values()) == 60
+
+
+def test_one_class_and_no_death() -> None:
+    labels = _labels()
+    labels["primary_class"] = 1
+    labels["event"] = 0.0
+    rows = _by_name(score_rows([_need(class_scorer(_said(_labels()), labels))], FAST))
+    assert np.isnan(rows["auroc"].value)
+    assert rows["auroc"].note == "no case of class 0: undefined"
+    assert np.isnan(rows["recall_0"].value)
+    assert 0 <= rows["recall_1"].low <= rows["recall_1"].value <= rows["recall_1"].high
+    reference = SurvivalReference.fit(_labels()["survival_months"], _labels()["event"])
+    rows = _by_name(score_rows([_need(survival_scorer(_said(_labels()), labels, reference))], FAST))
+    for name in ("c_index", "uno_c_index", "mean_auc", "integrated_brier"):
+        assert np.isnan(rows[name].value)
+        assert rows[name].note.startswith("nobody died: undefined")
+
+
+def _need(scorer: Scorer | None) -> Scorer:
+    assert scorer is not None
+    return scorer
+
+
+def test_no_case_at_all_is_a_row() -> None:
+    labels = _labels(4)
+    labels["primary_class"] = -1
+    rows = score_rows([_need(class_scorer(_said(_labels(4)), labels))], FAST)
+    assert {row.n for row in rows} == {0}
+    assert all(np.isnan(row.value) for row in rows)
+    assert rows[0].left_out == {"no class (-1)": 4}
+
+
+def test_a_class_that_training_lacked() -> None:
+    labels = _labels()
+    said = _said(labels)
+    labels.iloc[:5, 0] = 2
+    scorer = _need(class_scorer(said, labels))
+    assert scorer.note("accuracy") == "class 2 was not in training: always wrong"
+    assert "recall_2" not in scorer.names
+
+
+def test_followed_beyond_training() -> None:
+    labels = _labels()
+    train = labels[labels["survival_months"] < 30]
+    reference = SurvivalReference.fit(train["survival_months"], train["event"])
+    scorer = _need(survival_scorer(_said(labels), labels, reference))
+    beyond = int((labels["survival_months"] > reference.tau).sum())
+    assert f"{beyond} cases followed longer" in scorer.note("uno_c_index")
+    assert f"truncated at {reference.tau:.1f} months" in scorer.note("uno_c_index")
+    assert len(scorer.case_ids) == 60
+    assert np.isfinite(_values(scorer)["uno_c_index"])
+
+
+def test_seeds_are_averaged_on_the_same_patients() -> None:
+    labels = _labels()
+    runs = [_need(class_scorer(_said(labels, seed), labels)) for seed in (1, 2, 3)]
+    rows = _by_name(score_rows(runs, FAST))
+    each = [_values(run)["auroc"] for run in runs]
+    row: ScoreRow = rows["auroc"]
+    assert row.value == pytest.approx(np.mean(each))
+    assert row.spread == pytest.approx(np.std(each, ddof=1))
+    assert row.seeds == pytest.approx(tuple(each))
+    assert row.low < row.value < row.high
+    assert "at least 3" not in row.note
+    assert "2 seeds; at least 3 are needed" in score_rows(runs[:2], FAST)[0].note
+    fewer = _need(class_scorer(_said(labels, 3).take(list(labels.index[:40])), labels))
+    row = score_rows([*runs[:2], fewer], FAST)[0]
+    assert (row.n, row.left_out) == (40, {"not scored by every run": 20})
+
+
+def test_paired_difference() -> None:
+    labels = _labels(80)
+    good, bad = _said(labels, 1, 2.0), _said(labels, 2, 0.0)
+    rows = _by_name(
+        difference_rows(
+            [_need(class_scorer(good, labels))], [_need(class_scorer(bad, labels))], FAST
+        )
+    )
+    row: DifferenceRow = rows["auroc"]
+    assert row.difference == pytest.approx(row.first - row.second)
+    assert 0 < row.low < row.difference < row.high
+    assert row.p_value == pytest.approx(2 / 41)
+    same = difference_rows(
+        [_need(class_scorer(good, labels))], [_need(class_scorer(good, labels[::-1]))], FAST
+    )
+    assert {(r.difference, r.low, r.high, r.p_value) for r in same} == {(0, 0, 0, 1)}
+    some = bad.take(list(labels.index[10:]))
+    row = difference_rows(
+        [_need(class_scorer(good, labels))], [_need(class_scorer(some, labels))], FAST
+    )[0]
+    assert (row.n, row.unpaired) == (70, 10)
+
+
+def test_paired_tests_find_the_better_model() -> None:
+    labels = _labels(80)
+    labels.iloc[:2, 0] = -1
+    good, bad = _said(labels, 1, 2.0), _said(labels, 2, 0.0)
+    tests = paired_tests(good, bad, labels, permutations=99)
+    assert tests["auroc"]["delong"] < 0.01
+    assert tests["balanced_accuracy"]["permutation"] < 0.05
+    assert tests["c_index"]["permutation"] < 0.05
+    same = paired_tests(good, good.take(good.case_ids[::-1]), labels, permutations=9)
+    assert {p for test in same.values() for p in test.values()} == {1.0}
+    others = Predictions(good.case_ids, np.array([0, 2]), good.probabilities)
+    assert paired_tests(good, others, labels) == {}
+
+
+def test_mean_over_sites_keeps_their_sizes() -> None:
+    labels = _labels()
+    parts = [labels.iloc[:20], labels.iloc[20:]]
+    own = [_need(class_scorer(_said(part), part)) for part in parts]
+    mean = mean_over(own)
+    want = np.mean([_values(scorer)["auroc"] for scorer in own])
+    assert _values(mean)["auroc"] == pytest.approx(want)
+    row = _by_name(score_rows([mean], FAST))["auroc"]
+    assert (row.n, row.note) == (60, "mean over 2 sites")
+    assert row.low < row.value < row.high
+
+
+def test_predictions_in_files(tmp_path: Any) -> None:
+    said = _said(_labels(6))
+    table = predictions_table(said)
+    table.to_csv(tmp_path / "p.csv", index=False)
+    table.assign(task="risk").to_parquet(tmp_path / "p.parquet")
+    for name in ("p.csv", "p.parquet"):
+        again = read_predictions(tmp_path / name)
+        assert again.case_ids == said.case_ids
+        for part in ("probabilities", "risk", "survival", "months"):
+            np.testing.assert_allclose(getattr(again, part), getattr(said, part))
+    (tmp_path / "x.csv").write_text("case_id,value\na,1\n")
+    with pytest.raises(CohortError, match="must have the column case_id and of class_<k>, risk"):
+        read_predictions(tmp_path / "x.csv")
+    pd.concat([table.assign(task=t) for t in "ab"]).to_csv(tmp_path / "t.csv")
+    with pytest.raises(CohortError, match="must hold rows of one task prompt, got a, b"):
+        read_predictions(tmp_path / "t.csv")
+    assert read_predictions(tmp_path / "t.csv", "b").case_ids == said.case_ids
+
+
+def test_predictions_that_contradict_themselves() -> None:
+    two = np.array([0, 1])
+    with pytest.raises(InputError, match="must name each case once"):
+        Predictions(("a", "a"), risk=np.zeros(2))
+    with pytest.raises(InputError, match="must come with labels"):
+        Predictions(("a",), two)
+    with pytest.raises(InputError, match=r"risk must have shape \[2\]"):
+        Predictions(("a", "b"), risk=np.zeros(3))
+    with pytest.raises(InputError, match="sum to 1"):
+        Predictions(("a",), two, np.array([[0.5, 0.6]]))
+    with pytest.raises(InputError, match="got 1 without, such as z"):
+        Predictions(("a",), risk=np.zeros(1)).take(["z"])
