@@ -56,6 +56,7 @@ class EmbedRequest:
     workers: int | None = None
     half_scale_jpeg: bool = False
     bad_share: float = 0.01
+    decode_timeout_s: float = 120.0
     model: Path | None = None
     genes: Path | None = None
     clinical: Path | None = None
@@ -223,6 +224,7 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
         workers=request.workers,
         half_scale_jpeg=request.half_scale_jpeg,
         bad_share=request.bad_share,
+        decode_timeout_s=request.decode_timeout_s,
     )
 
 
