@@ -163,9 +163,14 @@ def _script(side: Side, place: Workplace, folder: Path, check: bool) -> list[str
 
 
 def _environment(side: Side) -> dict[str, str]:
-    """Ours imports what this process does; a rival must not find modules of ours."""
+    """Ours imports what this process does; a rival must not find modules of ours.
+
+    Threads of OpenMP sleep while they wait, as ModalTune has them do: on a machine that others use
+    too, eager PyTorch takes several times as long where they spin.
+    """
     path = "" if side.tool != OURS else os.pathsep.join(p or os.getcwd() for p in sys.path)
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+    mine = {"PYTHONSAFEPATH": "1", "PYTHONPATH": path, "GOMP_SPINCOUNT": "0"}
+    return {**os.environ, **mine}
 
 
 def agreement(side: Side, got: Outcome, want: Outcome) -> float:
