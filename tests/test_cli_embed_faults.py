@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from modaltune.cli import app
 from modaltune.engine.ledger_report import read_status
 from modaltune.engine.pyramid import write_pyramid
 
@@ -62,21 +61,27 @@ def slides(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
+def embed(out: Path, slides: Iterable[Path], *, imports: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, with a folder on the path of all interpreters."""
+    words = ["embed", *map(str, slides), "--out", str(out)]
+    words += ["--runtime", "onnxruntime", "--decode-timeout", "1"]
+    path = os.pathsep.join([str(imports), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "modaltune.cli", *words], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+
+
 def test_decoders_that_hang_or_crash_cost_their_slides_only(
     tmp_path: Path, slides: dict[str, Path]
 ) -> None:
-    words = ["embed", "--runtime", "onnxruntime", "--decode-timeout", "1", "--out"]
-    good = [str(slides[name]) for name in GOOD]
-    alone = CliRunner().invoke(app, [*words, str(tmp_path / "alone"), *good])
-    assert alone.exit_code == 0, alone.output
+    good = [slides[name] for name in GOOD]
+    alone = embed(tmp_path / "alone", good, imports=tmp_path)
+    assert alone.returncode == 0, alone.stderr
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
-    path = os.pathsep.join([str(tmp_path / "faults"), os.environ.get("PYTHONPATH", "")])
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "modaltune.cli", *words, str(out), *map(str, slides.values())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
-    )
+    done = embed(out, slides.values(), imports=tmp_path / "faults")
     said = re.sub(r"\s+", " ", done.stdout)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
