@@ -25,7 +25,8 @@ from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.errors import InputError
 
 CSV_NAME = "encoders.csv"
-ENCODERS = ("efficientnet-lite0", "vit-small")
+RANDOM_VIT = "vit-small"
+ENCODERS = ("efficientnet-lite0", RANDOM_VIT)
 BATCHES = (1, 2, 4, 8, 16, 32)  # of which each eager side takes its best
 BARS = {"efficientnet-lite0": 2.5, "vit-small": 1.3}
 PLAIN = "plain torch"
@@ -56,13 +57,13 @@ def load_case(name: str) -> TorchEncoder:
         if not isinstance(encoder, TorchEncoder):
             raise InputError(f"{name} must load in eager PyTorch, got {encoder.runtime}")
         return encoder
-    if name != "vit-small":
+    if name != RANDOM_VIT:
         raise InputError(f"--encoder must be one of {', '.join(ENCODERS)}, got {name!r}")
     import timm
 
     torch.manual_seed(0)
     spec = replace(
-        get_spec("dinov2-small"), name="vit-small", backend="timm", model_args={},
+        get_spec("dinov2-small"), name=RANDOM_VIT, backend="timm", model_args={},
         architecture="vit_small_patch16_224",
     )  # fmt: skip
     network = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)

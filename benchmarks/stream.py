@@ -20,10 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from modaltune.benchmarks.encoders import RANDOM_VIT, load_case
 from modaltune.benchmarks.harness import commit_id, cpu_model, timestamp
+from modaltune.benchmarks.process_tree import memory_mib
 from modaltune.engine.cohort import items_from_paths
 from modaltune.engine.decode import DecodeOptions, SlideRequest, TileBlock, TileDecoder
 from modaltune.engine.encoders import load_encoder
+from modaltune.engine.encoders.runtime_choice import open_runtime
+from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.errors import InputError
 from modaltune.engine.folder import EmbedOptions, SlideOutcome, embed_slides
 from modaltune.engine.pyramid import write_pyramid
@@ -127,19 +131,8 @@ def alone_rate(encoder: TileEncoder, tiles: np.ndarray[Any, np.dtype[np.uint8]])
 
 
 def resident_mib() -> float:
-    """Return resident memory of this process and its children; shared pages count once, roughly."""
-    pids = [os.getpid()]
-    for task in Path("/proc/self/task").iterdir():
-        children = (task / "children").read_text(encoding="ascii").split()
-        pids += [int(pid) for pid in children]
-    total = 0
-    for pid in pids:
-        try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-        except OSError:  # a worker that has just ended
-            continue
-        total += next(int(line.split()[1]) for line in text.splitlines() if line[:4] == "Pss:")
-    return total / 1024
+    """Return resident memory of this process and its children; shared pages count once."""
+    return memory_mib(os.getpid())
 
 
 def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles: int) -> float:
@@ -176,6 +169,14 @@ def _gate(outcomes: Sequence[SlideOutcome], encoder: TileEncoder) -> None:
         raise InputError(f"{smallest.slide_id} must have finite features, got others")
 
 
+def open_encoder(name: str, runtime: str, device: str) -> TileEncoder:
+    """Open a tile encoder in a runtime; `vit-small` is a random ViT-S/16."""
+    if name != RANDOM_VIT:
+        return load_encoder(name, runtime=runtime, device=device)
+    random = load_case(name)
+    return open_runtime(TorchEncoder(random.spec, random.features, device=device), runtime)
+
+
 def measure(
     encoder_name: str,
     *,
@@ -189,7 +190,7 @@ def measure(
     """Embed a cohort and compare with the encoder alone.
 
     Args:
-        encoder_name: The tile encoder.
+        encoder_name: The tile encoder, or `vit-small` for a random ViT-S/16, which is slower.
         slides: Slides of the cohort.
         runtime: As `--runtime` takes it.
         device: Of the encoder.
@@ -200,7 +201,7 @@ def measure(
     Raises:
         InputError: A slide can't be embedded.
     """
-    encoder = load_encoder(encoder_name, runtime=runtime, device=device)
+    encoder = open_encoder(encoder_name, runtime, device)
     with tempfile.TemporaryDirectory() as scratch:
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def stream(
-    tile_encoder: Annotated[str, typer.Option(help="Tile encoder.")] = DEFAULT_ENCODER,
+    tile_encoder: Annotated[
+        str, typer.Option(help="Tile encoder; vit-small is a random ViT-S/16, which is slower.")
+    ] = DEFAULT_ENCODER,
     slides: Annotated[int, typer.Option(min=5, help="Slides of 30 to 300 tiles.")] = 24,
     runtime: Annotated[str, typer.Option(help="Runtime of the tile encoder.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

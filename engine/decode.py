@@ -232,8 +232,8 @@ class TileDecoder:
                     report(event.key, event.reason)
     """
 
-    def __init__(self, options: DecodeOptions | None = None) -> None:
-        """Start the workers.
+    def __init__(self, options: DecodeOptions | None = None, *, is_warmed_up: bool = False) -> None:
+        """Start the workers; warmed up, the first loads what finds tissue (a second's work) now.
 
         Raises:
             InputError: `device` is cuda and there is no GPU.
@@ -262,6 +262,7 @@ class TileDecoder:
                 survey_timeout_s=options.survey_timeout_s,
                 memory_bytes=options.memory_mib * 2**20,
                 bad_share=options.bad_share,
+                is_warmed_up=is_warmed_up,
             ),
         )
         self._dispatcher.start()

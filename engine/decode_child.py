@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 import cv2
+import numpy as np
 
 from modaltune.engine.decode_jobs import (
     Bool,
@@ -230,7 +231,7 @@ def main(argument: str) -> None:
 
     Args:
         argument: JSON of `parent` (process id), `socket`, `memory` (descriptors), `shape` (of the
-            shared memory) and `device`.
+            shared memory), `device` and `warm_up` (rule of tissue to load at once, or null).
     """
     given = json.loads(argument)
     _settle(given["parent"], given["device"])
@@ -243,6 +244,10 @@ def main(argument: str) -> None:
     shared = SharedTiles((slabs, tiles, tile_px), given["memory"])
     connection = Connection(given["socket"])
     connection.send(os.getpid())
+    if given["warm_up"] is not None:
+        from modaltune.engine.tissue import tissue_mask
+
+        tissue_mask(np.zeros((8, 8, 3), dtype=np.uint8), given["warm_up"])
     serve(connection, shared, lines)
 
 

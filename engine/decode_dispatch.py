@@ -60,6 +60,7 @@ class DispatchOptions:
     survey_timeout_s: float
     memory_bytes: int
     bad_share: float
+    is_warmed_up: bool = False
 
 
 @dataclass(eq=False)
@@ -197,7 +198,10 @@ class Dispatcher(threading.Thread):
                 self._wake_read = self._wake_write = -1
 
     def _start_worker(self) -> None:
-        self._workers.append(Worker(self._shared, self._options.device))
+        options = self._options
+        # The first one is given the first survey.
+        warm_up = options.tiles.tissue if options.is_warmed_up and not self._workers else None
+        self._workers.append(Worker(self._shared, options.device, warm_up))
         self._last_start = time.monotonic()
         self.pids = tuple(worker.pid for worker in self._workers)
 

@@ -42,9 +42,14 @@ class Worker(Generic[T]):
     """One child process with its jobs, oldest first; it works on the first one.
 
     Used by one thread only, which must outlive it: the kernel ends the child with that thread.
+
+    Args:
+        shared: Memory for its pixels.
+        device: Where it decodes.
+        warm_up: Rule of tissue whose loops it loads at once; None loads them when they are needed.
     """
 
-    def __init__(self, shared: SharedTiles, device: str) -> None:
+    def __init__(self, shared: SharedTiles, device: str, warm_up: str | None = None) -> None:
         self.jobs: deque[Assigned[T]] = deque()
         self.is_ready = False
         self.since = time.monotonic()  # when it started, or began its first job
@@ -58,6 +63,7 @@ class Worker(Generic[T]):
             "memory": shared.descriptor,
             "shape": [slabs, tiles, tile_px],
             "device": device,
+            "warm_up": warm_up,
         }
         try:
             self._process = subprocess.Popen(

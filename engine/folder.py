@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.decode import DecodeOptions, TileOptions
+from modaltune.engine.decode import DecodeOptions, TileDecoder, TileOptions
 from modaltune.engine.encoded_slide import EncodedSlide
 from modaltune.engine.errors import DiskFullError, InputError, SlideError
 from modaltune.engine.ledger import Lease, Ledger, SlideRow
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modaltune.engine.encoders.runtime import TileEncoder
 
 MAX_TILE_MPP, MAX_TILE_PX = 100.0, 8192  # beyond, an option was mistyped
+_SURVEY_BLOCKS = 5  # a survey may take as long as so many blocks of tiles
 
 Status = Literal["done", "empty", "kept", "failed", "quarantined"]
 STATUSES = get_args(Status)
@@ -35,8 +36,8 @@ FINISHED = ("done", "empty")
 class EmbedOptions:
     """How slides become features.
 
-    All but `reader`, `overlays`, `workers` and `bad_share` goes into the recipe that resume
-    compares.
+    All but `reader`, `overlays`, `workers`, `bad_share` and `decode_timeout_s` goes into the recipe
+    that resume compares.
 
     Attributes:
         mpp: Microns per pixel of a tile.
@@ -49,6 +50,8 @@ class EmbedOptions:
         overlays: Whether to write a picture of mask and tiles beside the features.
         workers: Decoding processes; None starts 2, and more while the encoder waits for them.
         bad_share: Share of a slide's tiles that may be unreadable, 0..1.
+        decode_timeout_s: Seconds for one block of tiles, and five times that for opening a slide
+            and finding its tissue; then it fails.
 
     Raises:
         InputError: A resolution or a size that no tile has, or another number out of range.
@@ -64,6 +67,7 @@ class EmbedOptions:
     overlays: bool = True
     workers: int | None = None
     bad_share: float = 0.01
+    decode_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         if not MIN_MPP <= self.mpp <= MAX_TILE_MPP:
@@ -107,6 +111,8 @@ class EmbedOptions:
                 workers=self.workers,
                 half_scale_jpeg=self.half_scale_jpeg,
                 bad_share=self.bad_share,
+                decode_timeout_s=self.decode_timeout_s,
+                survey_timeout_s=_SURVEY_BLOCKS * self.decode_timeout_s,
             )
         )
 
@@ -208,6 +214,7 @@ def embed_slides(
     on_tiles: Callable[[int], None] | None = None,
     on_slide: Callable[[SlideOutcome], None] | None = None,
     observe: Observer | None = None,
+    decoder: TileDecoder | None = None,
 ) -> EmbedReport:
     """Turn slides into feature files; a slide that fails costs itself only.
 
@@ -224,6 +231,7 @@ def embed_slides(
         on_tiles: Called with the number of tiles encoded so far, from several threads.
         on_slide: Called with each outcome.
         observe: Called, from several threads, with every stretch of work.
+        decoder: A decoder of `options` that runs already; closed at the end where it is used.
 
     Returns:
         The outcomes in the order of `items`, and where the time went.
@@ -244,8 +252,9 @@ def embed_slides(
         if ledger.unsettled():  # else no process need be started
             source = Claims(ledger, out / "overlays" if options.overlays else None)
             stream = SlideStream(
-                source, encoder, options.stream_options(), on_tiles=on_tiles, observe=observe
-            )
+                source, encoder, options.stream_options(), on_tiles=on_tiles, observe=observe,
+                decoder=decoder,
+            )  # fmt: skip
             clock = stream.clock
             with stream:
                 for slide in stream:

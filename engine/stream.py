@@ -129,13 +129,15 @@ class SlideStream(Iterator[EncodedSlide]):
         options: How to run.
         on_tiles: Called, from several threads, with the number of tiles encoded so far.
         observe: Called, from several threads, with every stretch of work (for timelines).
+        decoder: A decoder of the same options that runs already; the stream closes it. None starts
+            one.
 
     Attributes:
         clock: Where the time goes.
         batch_tiles: Tiles of a batch.
 
     Raises:
-        InputError: `options` ask for a GPU that is not there.
+        InputError: `options` ask for a GPU that is not there, or `decoder` has others.
     """
 
     def __init__(
@@ -146,8 +148,14 @@ class SlideStream(Iterator[EncodedSlide]):
         *,
         on_tiles: Callable[[int], None] | None = None,
         observe: Observer | None = None,
+        decoder: TileDecoder | None = None,
     ) -> None:
         options = options or StreamOptions()
+        if decoder is not None and decoder.options != options.decode:
+            raise InputError(
+                f"decoder must have the stream's options {options.decode}, got {decoder.options}; "
+                "make it of them"
+            )
         self.clock = StreamClock(observe)
         self._source, self._encoder, self._options = source, encoder, options
         self._multiple = encoder.batch_size
@@ -166,7 +174,7 @@ class SlideStream(Iterator[EncodedSlide]):
             self.batch_tiles, tile_px, _IN_FLIGHT + 1, self._stop
         )
         self._is_over = False
-        self._decoder = TileDecoder(options.decode)
+        self._decoder = decoder or TileDecoder(options.decode)
         self._threads = ThreadPoolExecutor(_IN_FLIGHT, "modaltune-encode")
         self._pump = threading.Thread(target=self._run, name="modaltune-pump", daemon=True)
         self._pump.start()

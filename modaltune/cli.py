@@ -212,6 +212,10 @@ def embed(
         float,
         typer.Option(min=0, max=1, help="Share of a slide's tiles that may be unreadable."),
     ] = 0.01,
+    decode_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds for a block of tiles, and five times that for finding tissue."),
+    ] = 120.0,
     model: Annotated[
         Path | None, typer.Option(help="Run folder: also write ModalTune embeddings per case.")
     ] = None,
@@ -265,6 +269,7 @@ def embed(
         workers=workers,
         half_scale_jpeg=half_scale_jpeg,
         bad_share=bad_share,
+        decode_timeout_s=decode_timeout,
         model=model,
         genes=genes,
         clinical=clinical,

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modaltune.cases import Cohort
-from modaltune.checkpoint import Run, load_run
-from modaltune.clinical import read_clinical
-from modaltune.cohort_embeddings import (
-    CohortEmbeddings,
-    case_modalities,
-    embed_cohort,
-    write_embeddings,
-)
 from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
-from modaltune.engine.encoders import load_encoder
+from modaltune.engine.decode import TileDecoder
 from modaltune.engine.encoders.registry import DEFAULT_ENCODER
-from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.folder import EmbedOptions, EmbedReport, embed_slides, features_folder
+from modaltune.engine.ledger_schema import LEDGER_NAME
 from modaltune.errors import InputError
-from modaltune.omics import read_expression
+
+# Imported where they are needed: torch takes seconds, in which decoders can start already, and what
+# only a model needs takes one more.
+if TYPE_CHECKING:
+    from modaltune.checkpoint import Run
+    from modaltune.cohort_embeddings import CohortEmbeddings
+    from modaltune.engine.encoders.runtime import TileEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +53,7 @@ class EmbedRequest:
     workers: int | None = None
     half_scale_jpeg: bool = False
     bad_share: float = 0.01
+    decode_timeout_s: float = 120.0
     model: Path | None = None
     genes: Path | None = None
     clinical: Path | None = None
@@ -84,28 +82,27 @@ def embed_request(
             report instead. A full disk ends the run as one.
     """
     items = _items(request)
-    run = None if request.model is None else load_run(request.model, device=request.device)
+    run = _run(request)
     tables = _tables(request)
     name, options = _settings(request, run)
-    encoder = load_encoder(
-        name,
-        weights=request.tile_encoder_weights,
-        allow_download=request.allow_download,
-        trust_remote_code=request.trust_remote_code,
-        device=request.device,
-        runtime=request.runtime,
-        tile_px=options.tile_px,
-        runtime_fallback=request.runtime_fallback,
-    )
-    if run is not None:
-        _check_encoder(run, encoder, request)
-        _check_tables(run, items, tables)
-    report = _embed_with_progress(items, encoder, request, options, console)
+    with contextlib.ExitStack() as stack:
+        decoder = None
+        if not (request.out / LEDGER_NAME).exists():  # else there may be nothing to decode
+            decode = options.stream_options().decode
+            decoder = stack.enter_context(TileDecoder(decode, is_warmed_up=True))
+        encoder = _encoder(name, request, options)
+        if run is not None:
+            _check_encoder(run, encoder, request)
+            _check_tables(run, items, tables)
+        report = _embed_with_progress(items, encoder, request, options, console, decoder)
     folders = (features_folder(request.out, encoder), request.out / "overlays")
     written = [str(folder) for folder in folders if folder.is_dir()]
     summary = report.to_dict()
     summary["runtime"] = encoder.settings()
     if run is not None:
+        from modaltune.cases import Cohort
+        from modaltune.cohort_embeddings import embed_cohort, write_embeddings
+
         embeddings = embed_cohort(run, Cohort(_features_by_case(report), *tables))
         path = write_embeddings(request.out / "embeddings.parquet", run, embeddings)
         written.append(str(path))
@@ -118,16 +115,46 @@ def embed_request(
     return report, summary
 
 
+def _encoder(name: str, request: EmbedRequest, options: EmbedOptions) -> TileEncoder:
+    from modaltune.engine.encoders import load_encoder
+
+    return load_encoder(
+        name,
+        weights=request.tile_encoder_weights,
+        allow_download=request.allow_download,
+        trust_remote_code=request.trust_remote_code,
+        device=request.device,
+        runtime=request.runtime,
+        tile_px=options.tile_px,
+        runtime_fallback=request.runtime_fallback,
+    )
+
+
 def _items(request: EmbedRequest) -> list[SlideItem]:
     if request.manifest is not None:
         return read_manifest(request.manifest, root=request.root, base_mpp=request.base_mpp)
     return items_from_paths(request.slides, request.base_mpp)
 
 
+def _run(request: EmbedRequest) -> Run | None:
+    if request.model is None:
+        return None
+    from modaltune.checkpoint import load_run
+
+    return load_run(request.model, device=request.device)
+
+
 def _tables(request: EmbedRequest) -> tuple[Any, Any]:
     """Read expression and clinical tables before the first slide is opened."""
-    expression = None if request.genes is None else read_expression(request.genes)
-    clinical = None if request.clinical is None else read_clinical(request.clinical)
+    expression = clinical = None
+    if request.genes is not None:
+        from modaltune.omics import read_expression
+
+        expression = read_expression(request.genes)
+    if request.clinical is not None:
+        from modaltune.clinical import read_clinical
+
+        clinical = read_clinical(request.clinical)
     return expression, clinical
 
 
@@ -146,6 +173,8 @@ def _check_encoder(run: Run, encoder: TileEncoder, request: EmbedRequest) -> Non
 
 def _check_tables(run: Run, items: list[SlideItem], tables: tuple[Any, Any]) -> None:
     """Refuse tables that the model can't use or that know none of the slides' cases."""
+    from modaltune.cases import Cohort
+
     cases = {item.case_id for item in items}
     cohort = Cohort({}, *tables)
     fitted = run.preprocessing
@@ -191,6 +220,8 @@ def _features_by_case(report: EmbedReport) -> dict[str, tuple[Path, ...]]:
 
 def _count_modalities(embeddings: CohortEmbeddings) -> dict[str, int]:
     """Count cases by what went into their embedding, such as "slide + genes"."""
+    from modaltune.cohort_embeddings import case_modalities
+
     return dict(Counter(" + ".join(case_modalities(case)) for case in embeddings.cases))
 
 
@@ -223,6 +254,7 @@ def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions
         workers=request.workers,
         half_scale_jpeg=request.half_scale_jpeg,
         bad_share=request.bad_share,
+        decode_timeout_s=request.decode_timeout_s,
     )
 
 
@@ -232,9 +264,10 @@ def _embed_with_progress(
     request: EmbedRequest,
     options: EmbedOptions,
     console: Console | None,
+    decoder: TileDecoder | None,
 ) -> EmbedReport:
     bars = None if console is None else _progress(console)
-    with bars or nullcontext():
+    with bars or contextlib.nullcontext():
         on_tiles: Callable[[int], None] | None = None
         on_slide: Callable[[Any], None] | None = None
         if bars is not None:
@@ -255,6 +288,7 @@ def _embed_with_progress(
             new_recipe=request.new_recipe,
             on_tiles=on_tiles,
             on_slide=on_slide,
+            decoder=decoder,
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from modaltune.benchmarks import stream
+from modaltune.benchmarks.encoders import RANDOM_VIT
 from modaltune.cli import app
 
 
@@ -48,3 +49,8 @@ def test_missed_bars_are_named() -> None:
     bad = {"encoder_busy": 0.5, "ratio": 0.6, "peak_mib": 1100, "bound_mib": 1000, "spread": 0.2}
     said = stream.missed_bars(bad)
     assert [line.split()[0] for line in said] == ["encoder", "60.0%", "memory", "memory"]
+
+
+def test_a_slower_encoder_can_be_asked_for() -> None:
+    encoder = stream.open_encoder(RANDOM_VIT, "torch", "cpu")
+    assert (encoder.name, encoder.width, encoder.runtime) == ("vit-small", 384, "torch")

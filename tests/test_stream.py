@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from modaltune import engine
-from modaltune.engine.decode import DecodeOptions, SlideRequest, TileOptions
+from modaltune.embedding import EmbedRequest, embed_request
+from modaltune.engine.decode import DecodeOptions, SlideRequest, TileDecoder, TileOptions
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import get_spec
 from modaltune.engine.encoders.runtime import TileEncoder
@@ -245,3 +246,39 @@ def test_a_source_may_have_nothing_for_a_while(slides: list[Path]) -> None:
 def test_options_out_of_range(given: dict[str, int]) -> None:
     with pytest.raises(InputError, match=r"must be at least 1, got 0"):
         StreamOptions(**given)
+
+
+def has_numba(pid: int) -> bool:
+    """Whether a process has loaded the compiler of tissue masks."""
+    return "llvmlite" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+
+def test_a_decoder_may_run_before_the_stream(slides: list[Path]) -> None:
+    """Warmed up, its first worker has loaded what finds tissue before there is a slide."""
+    decoder = TileDecoder(OPTIONS.decode, is_warmed_up=True)
+    deadline = time.monotonic() + 60
+    while not [pid for pid in decoder.pids if has_numba(pid)]:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    source = Waiting(slides[:1])
+    with SlideStream(source, CornerEncoder(), OPTIONS, decoder=decoder) as stream:
+        assert next(stream).status == "done"
+    assert decoder.pids == ()
+    with (
+        TileDecoder(DecodeOptions(workers=1)) as other,
+        pytest.raises(InputError, match="decoder must have the stream's options"),
+    ):
+        SlideStream(source, CornerEncoder(), OPTIONS, decoder=other)
+
+
+def test_a_command_without_its_encoder_leaves_no_decoder(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    before = children()
+    request = EmbedRequest(
+        (slides[0],), out=tmp_path / "out", tile_encoder_weights=tmp_path / "none.pth"
+    )
+    with pytest.raises(InputError, match="--tile-encoder-weights must be an existing file"):
+        embed_request(request)
+    assert children() == before
+    assert not (tmp_path / "out").exists()

@@ -5,27 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from modaltune.engine.encoders.models import (
-    ImageFeatures,
-    TimmFeatures,
-    adapt_state,
-    build_for_loading,
-    build_network,
-    drop_classifier,
-)
 from modaltune.engine.encoders.registry import (
     DEFAULT_ENCODER,
+    TIMM_PREFIX,
     get_spec,
     is_dynamic,
     list_encoders,
 )
 from modaltune.engine.encoders.runtime import TileEncoder
 from modaltune.engine.encoders.spec import EncoderSpec
-from modaltune.engine.encoders.timm_source import PREFIX as TIMM_PREFIX
-from modaltune.engine.encoders.timm_source import load_timm
 from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.encoders.weights import (
     cached_weights,
@@ -37,10 +29,22 @@ from modaltune.engine.encoders.weights import (
 )
 from modaltune.engine.errors import InputError
 
+# Networks bring timm, which takes seconds: imported where one is built.
+if TYPE_CHECKING:
+    from modaltune.engine.encoders.models import ImageFeatures
+
 logger = logging.getLogger(__name__)
 
 
 def _load_built(spec: EncoderSpec, weights: Path | None, allow_download: bool) -> ImageFeatures:
+    from modaltune.engine.encoders.models import (
+        TimmFeatures,
+        adapt_state,
+        build_for_loading,
+        build_network,
+        drop_classifier,
+    )
+
     path = find_weights(spec, weights, allow_download)
     network = build_for_loading(lambda: build_network(spec))
     load_strict(network, adapt_state(spec, network, read_state(path)), spec.name, str(path))
@@ -64,6 +68,8 @@ def _load(
 
         return spec, load_registered(spec, weights, allow_download)
     if name.startswith(TIMM_PREFIX):
+        from modaltune.engine.encoders.timm_source import load_timm
+
         return load_timm(name, weights, allow_download)
     # Imported here: transformers takes seconds, and the default encoder does without it.
     from modaltune.engine.encoders.transformers_source import load_transformers
@@ -140,23 +146,44 @@ def load_encoder(
         WeightsError: The weights are missing, damaged or another network's.
         GateError: The runtime gives other features than eager PyTorch.
     """
-    encoder = load_eager(
-        name,
-        weights=weights,
-        allow_download=allow_download,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-    )
+
+    def load() -> TorchEncoder:
+        return load_eager(
+            name,
+            weights=weights,
+            allow_download=allow_download,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+        )
+
     if runtime is None:
-        return encoder
+        return load()
     # Imported here: the exporters take a second that eager PyTorch does without.
+    from modaltune.engine.encoders.ready import RUNTIMES, Asked, keep_ready, open_ready
     from modaltune.engine.encoders.runtime_choice import open_runtime
 
-    return open_runtime(
-        encoder, runtime, tile_px=tile_px, batch_size=batch_size, fallback=runtime_fallback
+    asked = None
+    if (
+        runtime in RUNTIMES
+        and torch.device(device).type == "cpu"
+        and (precision, trust_remote_code) == (None, None)
+        and not is_dynamic(name)
+        and get_spec(name).backend != "transformers"
+    ):
+        path = find_weights(get_spec(name), Path(weights) if weights else None, allow_download)
+        asked = Asked(get_spec(name), path, runtime, tile_px, batch_size)
+        ready = open_ready(asked, load)
+        if ready is not None:
+            return ready
+    eager = load()
+    encoder = open_runtime(
+        eager, runtime, tile_px=tile_px, batch_size=batch_size, fallback=runtime_fallback
     )
+    if asked is not None:
+        keep_ready(asked, encoder, eager)
+    return encoder
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from modaltune.engine.encoders.export import (
 )
 from modaltune.engine.encoders.model_cache import build_once, digest, writable_cache
 from modaltune.engine.encoders.runtime import TileEncoder
-from modaltune.engine.encoders.torch_runtime import TorchEncoder
+from modaltune.engine.encoders.torch_runtime import DeferredEncoder, TorchEncoder
 from modaltune.engine.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class OnnxEncoder(TileEncoder):
     is what tiles of another size are exported from.
 
     Args:
-        eager: The encoder whose weights are taken; on the CPU.
+        eager: The encoder whose weights are taken; on the CPU. Deferred, it is loaded when tiles of
+            a size come that has no graph yet.
         tile_px: Side, or height and width, of the tiles to come; default the spec's. Tiles of
             another size cost an export when they first come.
         layout: How the cores are used; default one tile batch per thread of torch.
@@ -87,7 +88,7 @@ class OnnxEncoder(TileEncoder):
 
     def __init__(
         self,
-        eager: TorchEncoder,
+        eager: TorchEncoder | DeferredEncoder,
         *,
         tile_px: int | tuple[int, int] | None = None,
         layout: OnnxLayout | None = None,
@@ -174,7 +175,7 @@ def _joined(parts: Sequence[NDArray[np.float32]]) -> Tensor:
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
-def graph_name(encoder: TorchEncoder, size: tuple[int, int]) -> str:
+def graph_name(encoder: TorchEncoder | DeferredEncoder, size: tuple[int, int]) -> str:
     """Return the file name of an encoder's graph in the cache; it stands for all it depends on."""
     facts = {
         "weights": encoder.weights_sha256,
@@ -187,7 +188,9 @@ def graph_name(encoder: TorchEncoder, size: tuple[int, int]) -> str:
     return f"{encoder.spec.slug}-{size[0]}x{size[1]}-{digest(facts)}.onnx"
 
 
-def open_session(encoder: TorchEncoder, size: tuple[int, int], layout: OnnxLayout) -> Any:
+def open_session(
+    encoder: TorchEncoder | DeferredEncoder, size: tuple[int, int], layout: OnnxLayout
+) -> Any:
     """Open the session of an encoder for tiles of one size, exporting the graph if need be.
 
     A cached file that ONNX Runtime can't read is made again.
@@ -203,7 +206,8 @@ def open_session(encoder: TorchEncoder, size: tuple[int, int], layout: OnnxLayou
 
         def export(final: Path) -> None:
             logger.info("%s: exporting to %s", encoder.name, final)
-            export_encoder(encoder, final, tile_px=size)
+            eager = encoder.loaded if isinstance(encoder, DeferredEncoder) else encoder
+            export_encoder(eager, final, tile_px=size)
 
         build_once(path, export)
         try:

@@ -15,7 +15,8 @@ from modaltune.engine.errors import InputError
 
 DEFAULT_ENCODER = "efficientnet-lite0"
 RUNTIMES = ("auto", "torch", "torch-compile", "onnxruntime", "tensorrt")
-DYNAMIC_PREFIXES = ("timm:", "transformers:")
+TIMM_PREFIX = "timm:"
+DYNAMIC_PREFIXES = (TIMM_PREFIX, "transformers:")
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _HUB = "https://huggingface.co/"

@@ -20,11 +20,11 @@ from modaltune.engine.encoders.models import (
     measure_width,
     resize_for_crop,
 )
+from modaltune.engine.encoders.registry import TIMM_PREFIX
 from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.encoders.weights import find_weights, load_strict, read_state
 from modaltune.engine.errors import InputError, WeightsError
 
-PREFIX = "timm:"
 # A folder's config must not make timm open files, fetch weights or return something else.
 _FORBIDDEN_ARGS = frozenset(
     {
@@ -93,7 +93,7 @@ def _read_folder(folder: Path) -> _Reference:
 def _read_reference(reference: str) -> _Reference:
     if Path(reference).is_dir():
         return _read_folder(Path(reference))
-    cfg = timm.get_pretrained_cfg(_known(reference, f"--tile-encoder {PREFIX}NAME"))
+    cfg = timm.get_pretrained_cfg(_known(reference, f"--tile-encoder {TIMM_PREFIX}NAME"))
     return _Reference(reference, cfg.to_dict() if cfg is not None else {}, {}, None)
 
 
@@ -147,7 +147,7 @@ def load_timm(
         InputError: The architecture is unknown, or its settings can't be run here.
         WeightsError: The folder or the weights are missing, damaged or of another network.
     """
-    ref = _read_reference(name.removeprefix(PREFIX))
+    ref = _read_reference(name.removeprefix(TIMM_PREFIX))
     try:
         with torch.device("meta"):
             headless = _builder(ref, 0)()

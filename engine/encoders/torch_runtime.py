@@ -6,16 +6,18 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modaltune.engine.encoders.models import ImageFeatures
 from modaltune.engine.encoders.runtime import TileEncoder, choose_precision
 from modaltune.engine.encoders.spec import EncoderSpec
 from modaltune.engine.encoders.weights import hash_tensors
 from modaltune.kernels.tile_norm.api import normalize_tiles
+
+if TYPE_CHECKING:  # brings timm, which takes seconds
+    from modaltune.engine.encoders.models import ImageFeatures
 
 DEFAULT_BATCH = {"cpu": 16, "cuda": 128}
 HALF_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,6 +98,28 @@ class TorchEncoder(TileEncoder):
         """Give the memory that torch caches on the GPU back."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class DeferredEncoder:
+    """An encoder whose network is built only where it is needed; fp32 on the CPU.
+
+    Args:
+        spec: What the features mean.
+        weights_sha256: The hash that the loaded encoder has.
+        load: Loads it.
+    """
+
+    def __init__(
+        self, spec: EncoderSpec, weights_sha256: str, load: Callable[[], TorchEncoder]
+    ) -> None:
+        self.spec, self.weights_sha256 = spec, weights_sha256
+        self.name, self.device = spec.name, torch.device("cpu")
+        self._load = load
+
+    @cached_property
+    def loaded(self) -> TorchEncoder:
+        """The encoder itself."""
+        return self._load()
 
 
 class CompiledEncoder(TorchEncoder):

@@ -1,0 +1,61 @@
+"""The picture of the end-to-end comparison: seconds of each command, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_KINDS = {
+    "torch": "eager PyTorch, as it comes",
+    "session": "ModalTune's ONNX Runtime session",
+    "null": "an encoder that costs nothing",
+}
+_COLOURS = {"modaltune": "#3b6fb6", "slide2vec": "#c46a2f", "lazyslide": "#7a9a3d"}
+_LOOKS = {"modaltune": "ModalTune", "slide2vec": "slide2vec", "lazyslide": "LazySlide"}
+
+
+def plot_rows(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw one bar per side: its second slide, and the rest of the command; return the file.
+
+    Args:
+        rows: Those of one run.
+        path: PNG to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [(kind, row) for kind in _KINDS for row in rows if row["encoder"] == kind]
+    figure, (time, memory) = plt.subplots(
+        1, 2, figsize=(9, 0.6 + 0.42 * len(bars)), width_ratios=[3, 1], sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for place, (_, row) in enumerate(bars):
+        colour, rest = _COLOURS[row["tool"]], row["wall_s"] - row["slide_s"]
+        time.barh(place, rest, color=colour, alpha=0.35)
+        time.barh(place, row["slide_s"], left=rest, color=colour)
+        said = f"{row['wall_s']:.1f} s"
+        if row["tool"] != "modaltune":
+            said += f"   {row['wall_ratio']:.1f} x; slide {row['slide_ratio']:.1f} x"
+        time.annotate(said, (row["wall_s"], place), (4, 0), textcoords="offset points", va="center")
+        memory.barh(place, row["peak_mib"], color=colour)
+        memory.annotate(
+            f"{row['peak_mib']:.0f}", (row["peak_mib"], place), (4, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+    time.set_yticks(
+        range(len(bars)), [f"{_LOOKS[row['tool']]}: {_KINDS[kind]}" for kind, row in bars]
+    )
+    time.invert_yaxis()
+    time.set_xlim(0, 1.35 * max(row["wall_s"] for _, row in bars))
+    time.set_xlabel("seconds: the second slide (dark), and the rest of the command")
+    memory.set_xlim(0, 1.3 * max(row["peak_mib"] for _, row in bars))
+    memory.set_xlabel("MiB at most, all processes")
+    for axis in (time, memory):
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
