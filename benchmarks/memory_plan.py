@@ -41,6 +41,7 @@ def run_setting(config_json: str, setting_json: str, tiles: int) -> dict[str, An
     import torch
 
     from modaltune import ModalTuneConfig
+    from modaltune.learner import ModalTuneLearner, Targets
     from modaltune.published_size import published_size_model, random_cases
     from modaltune.testing import peak_memory_mib
     from modaltune.train import TrainConfig, make_optimizer, train_step
@@ -57,11 +58,12 @@ def run_setting(config_json: str, setting_json: str, tiles: int) -> dict[str, An
     else:
         model.train()
         recipe = TrainConfig(task_backward=setting["task_backward"])
-        optimizer = make_optimizer(model, recipe)
+        learner = ModalTuneLearner(model, recipe)
+        optimizer = make_optimizer(learner, recipe)
         shape = (1, len(model.config.tasks), model.config.out_features)
-        targets = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+        targets = Targets.of_text(torch.nn.functional.normalize(torch.randn(shape), dim=-1))
         for _ in range(STEPS):
-            train_step(model, optimizer, batch, targets, recipe)
+            train_step(learner, optimizer, [(batch, targets)])
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,

@@ -14,6 +14,7 @@ from modaltune.adapter import AdapterConfig, Injector
 from modaltune.batch import CaseBatch
 from modaltune.benchmarks.literal_model import LiteralModel
 from modaltune.config import PUBLISHED_TASKS, ModalTuneConfig
+from modaltune.learner import ModalTuneLearner, Targets
 from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
 from modaltune.published_size import published_size_model, random_cases
@@ -139,14 +140,18 @@ class Ours(_Base):
 
     def __init__(self, work: Workload) -> None:
         super().__init__(work)
-        self._recipe = TrainConfig()
-        self._optimizer = make_optimizer(self.model, self._recipe)
+        self._learner = ModalTuneLearner(self.model)
+        self._optimizer = make_optimizer(self._learner, self._learner.config)
 
     def _run(self, batch: CaseBatch) -> Tensor:
         if self.work.mode == "forward":
             with torch.inference_mode():
                 return self.model(batch)
-        return train_step(self.model, self._optimizer, batch, self.targets, self._recipe)[0]
+        parts = [(batch, Targets.of_text(self.targets))]
+        train_step(self._learner, self._optimizer, parts)
+        if self._learner.outputs is None:
+            raise RuntimeError("a training step must leave its embeddings with the learner")
+        return self._learner.outputs
 
     def gradients(self) -> Answers:
         """See `Side.gradients`."""

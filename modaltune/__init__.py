@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Case": "modaltune.cases",
+    "CasesFolder": "modaltune.cases_folder",
     "Cohort": "modaltune.cases",
     "ModalTune": "modaltune.model",
     "ModalTuneConfig": "modaltune.config",
@@ -28,6 +29,7 @@ __all__ = ["__version__", *_LAZY]
 if TYPE_CHECKING:
     from modaltune.cases import Case as Case
     from modaltune.cases import Cohort as Cohort
+    from modaltune.cases_folder import CasesFolder as CasesFolder
     from modaltune.checkpoint import load_run as load_run
     from modaltune.config import ModalTuneConfig as ModalTuneConfig
     from modaltune.engine.readers import open_slide as open_slide

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from modaltune.config import PositionConvention
 from modaltune.engine.store import TileFeatures, read_features
 from modaltune.errors import CohortError, FeatureFileError, InputError
 from modaltune.preprocessing import Preprocessing
+from modaltune.targets import Targets
+
+Rows = npt.NDArray[np.int64]
 
 SLIDE_GAP_PX = 1500  # between slides of one case, as published
 
@@ -29,11 +33,13 @@ class Case:
         slides: Tile features of the slides, in order; none for a case without images.
         values: Inputs of further modalities by name, without a batch axis: `genes` `[M]`,
             `clinical` `[F]`, and whatever else a model was given.
+        kept: Rising rows of each slide that are used, None for all; all unless given.
     """
 
     case_id: str
     slides: tuple[TileFeatures, ...] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: tuple[Rows | None, ...] = ()
 
 
 def scale_positions(slide: TileFeatures, convention: PositionConvention) -> Tensor:
@@ -73,35 +79,45 @@ def scale_positions(slide: TileFeatures, convention: PositionConvention) -> Tens
 
 
 def place_slides(
-    slides: Sequence[TileFeatures], convention: PositionConvention
+    slides: Sequence[TileFeatures],
+    convention: PositionConvention,
+    kept: Sequence[Rows | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Lay the slides of one case below each other on one plane.
 
     Under `scaled` every slide starts below all before it. Under `reference` the published rule
     holds: slide i + 1 is shifted by the largest raw y of slide i plus 1,500 px, not cumulative, so
-    third and later slides may overlap earlier ones.
+    third and later slides may overlap earlier ones. Where a slide lies does not depend on which of
+    its rows are kept.
 
     Returns:
         Features `[N, D]` float32 and positions `[N, 2]` float64 `(x, y)`.
     """
-    tiles, positions, shift = [], [], 0.0
-    for slide in slides:
-        if len(slide) == 0:
-            continue
-        own = scale_positions(slide, convention)
-        tiles.append(torch.from_numpy(np.asarray(slide.features, dtype=np.float32)))
-        positions.append(own + torch.tensor([0.0, shift], dtype=torch.float64))
-        below = float(own[:, 1].max()) + SLIDE_GAP_PX
-        shift = below if convention == "reference" else shift + below
-    if not tiles:
+    chosen = [
+        (slide, rows, len(slide) if rows is None else len(rows))
+        for slide, rows in zip(slides, kept or [None] * len(slides), strict=True)
+        if len(slide)
+    ]
+    if not chosen:
         return torch.zeros(0, 0), torch.zeros(0, 2, dtype=torch.float64)
-    widths = {t.shape[1] for t in tiles}
+    widths = {slide.width for slide, _, _ in chosen}
     if len(widths) > 1:
         raise FeatureFileError(
             f"slides of one case must have features of one width, got {sorted(widths)} for "
             f"{', '.join(s.slide for s in slides)}; embed them with the same tile encoder"
         )
-    return torch.cat(tiles), torch.cat(positions)
+    tiles = torch.empty(sum(count for _, _, count in chosen), widths.pop())
+    positions, shift, at = [], 0.0, 0
+    for slide, rows, count in chosen:
+        # The only copy of tiles that are mapped from disk.
+        tiles[at : at + count].numpy()[:] = slide.features if rows is None else slide.features[rows]
+        at += count
+        own = scale_positions(slide, convention)
+        used = own if rows is None else own[torch.from_numpy(rows)]
+        positions.append(used + torch.tensor([0.0, shift], dtype=torch.float64))
+        below = float(own[:, 1].max()) + SLIDE_GAP_PX
+        shift = below if convention == "reference" else shift + below
+    return tiles, torch.cat(positions)
 
 
 def pack_cases(
@@ -119,7 +135,7 @@ def pack_cases(
                 f"case {case.case_id} must have tiles, genes or another modality, got none; leave "
                 "it out"
             )
-        features, where = place_slides(case.slides, convention)
+        features, where = place_slides(case.slides, convention, case.kept)
         counts.append(features.shape[0])
         if features.shape[0]:
             if features.shape[1] != in_features:
@@ -158,10 +174,12 @@ class SlideReading:
 
     Attributes:
         base_mpp: Microns per level-0 px, where known from elsewhere.
+        target_mpp: Microns per px of the tiles; taken where the file does not say it.
         encoder: Which features to take where the file holds several.
     """
 
     base_mpp: float | None = None
+    target_mpp: float | None = None
     encoder: str | None = None
 
 
@@ -196,7 +214,8 @@ class Cohort:
     def read_slide(self, path: Path) -> TileFeatures:
         """Read the tile features of one file, verified, told what the file does not say."""
         told = self.reading.get(path, SlideReading())
-        return read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
+        slide = read_features(path, base_mpp=told.base_mpp, encoder=told.encoder)
+        return replace(slide, target_mpp=slide.target_mpp or told.target_mpp)
 
     def rows(self, table: pd.DataFrame | None, case_ids: Iterable[str]) -> pd.DataFrame | None:
         """Return the rows of those cases that a table has, or None when it has none of them.
@@ -217,6 +236,30 @@ class Cohort:
         return table.loc[wanted] if wanted else None
 
 
+def modality_values(
+    cohort: Cohort, case_ids: Sequence[str], preprocessing: Preprocessing
+) -> dict[str, dict[str, Tensor]]:
+    """Return the inputs beside the slides of cases, by case and modality, through what was fitted.
+
+    Rows of one modality are views of one contiguous matrix. Cases without it have no entry there.
+
+    Raises:
+        CohortError: Values break a rule.
+    """
+    values: dict[str, dict[str, Tensor]] = {case: {} for case in case_ids}
+    genes = cohort.rows(cohort.expression, case_ids)
+    if preprocessing.pathways is not None and genes is not None:
+        for case, row in zip(genes.index, preprocessing.gene_values(genes), strict=True):
+            values[str(case)]["genes"] = row
+    clinical = cohort.rows(cohort.clinical, case_ids)
+    if preprocessing.clinical is not None and clinical is not None:
+        rows, is_known = preprocessing.clinical_values(clinical)
+        for case, row, has in zip(clinical.index, rows, is_known.tolist(), strict=True):
+            if has:
+                values[str(case)]["clinical"] = row
+    return values
+
+
 def prepare_cases(
     cohort: Cohort, case_ids: Sequence[str], preprocessing: Preprocessing
 ) -> list[Case]:
@@ -234,17 +277,7 @@ def prepare_cases(
             f"cases must be in the cohort, got {len(unknown)} unknown, such as "
             f"{', '.join(unknown[:5])}; check the ids of manifest and tables"
         )
-    values: dict[str, dict[str, Tensor]] = {case: {} for case in case_ids}
-    genes = cohort.rows(cohort.expression, case_ids)
-    if preprocessing.pathways is not None and genes is not None:
-        for case, row in zip(genes.index, preprocessing.gene_values(genes), strict=True):
-            values[str(case)]["genes"] = row
-    clinical = cohort.rows(cohort.clinical, case_ids)
-    if preprocessing.clinical is not None and clinical is not None:
-        rows, is_known = preprocessing.clinical_values(clinical)
-        for case, row, has in zip(clinical.index, rows, is_known.tolist(), strict=True):
-            if has:
-                values[str(case)]["clinical"] = row
+    values = modality_values(cohort, case_ids, preprocessing)
     prepared = []
     for case in case_ids:
         slides = cohort.read_slides(case) if preprocessing.tiles is not None else ()
@@ -260,7 +293,8 @@ class PreparedCases:
 
     Args:
         cases: In memory; tile features may be memory maps.
-        targets: `[n, T, out_features]` unit rows, or None for cases that are only embedded.
+        targets: Of each case, or text rows `[n, T, out_features]` alone; None for cases that are
+            only embedded.
         convention: How positions are counted.
         in_features: Tile feature width of the model.
     """
@@ -268,13 +302,15 @@ class PreparedCases:
     def __init__(
         self,
         cases: Sequence[Case],
-        targets: Tensor | None,
+        targets: Targets | Tensor | None,
         convention: PositionConvention,
         in_features: int,
     ) -> None:
-        if targets is not None and targets.shape[0] != len(cases):
+        if isinstance(targets, Tensor):
+            targets = Targets.of_text(targets)
+        if targets is not None and len(targets) != len(cases):
             raise CohortError(
-                f"targets must have one row per case ({len(cases)}), got {targets.shape[0]}"
+                f"targets must have one row per case ({len(cases)}), got {len(targets)}"
             )
         self._cases, self._targets = list(cases), targets
         self._convention, self._in_features = convention, in_features
@@ -287,12 +323,12 @@ class PreparedCases:
         chosen = [self._cases[i] for i in indices]
         return pack_cases(chosen, self._convention, self._in_features)
 
-    def targets(self, indices: Sequence[int]) -> Tensor:
-        """Return `[B, T, out_features]` target rows of some cases.
+    def targets(self, indices: Sequence[int]) -> Targets:
+        """Return the targets of some cases.
 
         Raises:
             CohortError: These cases carry no targets.
         """
         if self._targets is None:
             raise CohortError("cases must carry targets to train on, got none; embed their labels")
-        return self._targets[list(indices)]
+        return self._targets.rows(indices)

@@ -56,7 +56,7 @@ def build_cases(request: CasesRequest, out: str | Path, *, replace: bool = False
                                   request, report)  # fmt: skip
     given = (split,) if split is not None else read_splits(request.split) if request.split else None
     cases = _choose_cases(request, clinical, expression, slides, given, report)
-    clinical = clinical.loc[cases]
+    clinical = _list_slides(clinical.loc[cases], slides)
     expression = _rows_of(expression, cases, report)
     slides = _slides_of(slides, cases, report)
     splits = _make_splits(request, clinical, given, report)
@@ -124,7 +124,9 @@ def _read_slides(
         )
     told = [(root, file) for root, file in files if file.slide not in request.exclude]
     table = None if request.slides is None else read_slide_table(request.slides)
-    slides = assign_slides(told, clinical, table, report.teller("features"), request.base_mpp)
+    slides = assign_slides(
+        told, clinical, table, report.teller("features"), request.base_mpp, request.target_mpp
+    )
     return slides[~slides["case_id"].isin(request.exclude)]
 
 
@@ -202,6 +204,15 @@ def _choose_cases(
             f"{name_few(sorted(with_slides), 3) or 'none'}"
         )
     return sorted(kept)
+
+
+def _list_slides(clinical: pd.DataFrame, slides: pd.DataFrame | None) -> pd.DataFrame:
+    """Let cases whose clinical rows list no slides list those that have features."""
+    if slides is None:
+        return clinical
+    found = slides.groupby("case_id")["slide"].apply(lambda names: tuple(sorted(names)))
+    pairs = zip(clinical.index, clinical["slides"], strict=True)
+    return clinical.assign(slides=[listed or found.get(case, ()) for case, listed in pairs])
 
 
 def _rows_of(

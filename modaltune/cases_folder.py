@@ -62,6 +62,7 @@ _SLIDES_SCHEMA = pa.schema(
         ("tiles", pa.int64()),
         ("width", pa.int64()),
         ("base_mpp", pa.float64()),
+        ("target_mpp", pa.float64()),
     ]
 )
 
@@ -209,6 +210,12 @@ class CasesFolder:
         if SLIDES not in self.description["files"]:
             return _SLIDES_SCHEMA.empty_table().to_pandas().assign(path=pd.Series(dtype=object))
         table = pq.read_table(self.path / SLIDES).to_pandas()
+        for name in table["features"]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CohortError(
+                    f"{self.path / SLIDES} must name features below their folder, got {name}; "
+                    "build the cases folder again"
+                )
         moved = self.features_root
         table["path"] = [
             (self.path if not root else moved or Path(root)) / name
@@ -225,8 +232,8 @@ class CasesFolder:
         for row in rows:
             slides[row["case_id"]] = (*slides.get(row["case_id"], ()), row["path"])
             if row["producer"] != "modaltune":  # our files say everything themselves
-                mpp = None if pd.isna(row["base_mpp"]) else float(row["base_mpp"])
-                reading[row["path"]] = SlideReading(base_mpp=mpp, encoder=row["encoder"])
+                base, target = (_number(row[name]) for name in ("base_mpp", "target_mpp"))
+                reading[row["path"]] = SlideReading(base, target, row["encoder"])
         return Cohort(slides, self.expression, self.clinical, reading)
 
     @property
@@ -345,6 +352,11 @@ def _check_one_encoder(slides: pd.DataFrame) -> None:
                 f"features of a cohort must have one {column}, got {name_few(shown)}; give the "
                 "folder of one tile encoder"
             )
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of a table, None where it is missing."""
+    return None if pd.isna(value) else float(value)
 
 
 def _write_parquet(path: Path, table: pd.DataFrame, schema: pa.Schema) -> None:

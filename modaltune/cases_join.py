@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from modaltune.cases_folder import SLIDE_COLUMNS
+from modaltune.cases_folder import SLIDE_COLUMNS, CasesFolder
 from modaltune.clinical import COLUMNS
 from modaltune.engine.feature_index import PT, FeatureFile
 from modaltune.engine.tile_features import check_base_mpp
@@ -182,6 +182,7 @@ def assign_slides(
     table: SlideTable | None,
     tell: OnDrop,
     base_mpp: float | None = None,
+    target_mpp: float | None = None,
 ) -> pd.DataFrame:
     """Find the case of every feature file, by what is listed, by barcode, or by equal name.
 
@@ -195,12 +196,13 @@ def assign_slides(
         table: The user's slide table.
         tell: Told what was left out.
         base_mpp: Microns per level-0 px of slides that neither file nor table says it of.
+        target_mpp: Microns per px of the tiles, for files that do not say it.
 
     Returns:
         The columns of `slides.parquet`, and `source`: the `.pt` file to import as `features`.
 
     Raises:
-        FeatureFileError: Two files are of one slide.
+        FeatureFileError: Two files are of one slide, or one can't be read without an mpp.
     """
     _refuse_repeats(files)
     case_of = _case_finder(clinical, table)
@@ -217,6 +219,11 @@ def assign_slides(
             left.setdefault(reason, []).append(file.slide)
             continue
         mpp = (table.base_mpp if table else {}).get(key, base_mpp)
+        if mpp is None and file.producer == "stamp":
+            raise FeatureFileError(
+                f"{file.path} holds coordinates in microns (STAMP): base_mpp must be given to "
+                "place them on level 0, got none; give a slide table with mpp, or --base-mpp"
+            )
         is_pt = file.producer == PT
         name = f"features/{key}.h5" if is_pt else file.path.relative_to(root).as_posix()
         rows.append(
@@ -231,6 +238,7 @@ def assign_slides(
                 "tiles": file.tiles,
                 "width": file.width,
                 "base_mpp": math.nan if mpp is None else mpp,
+                "target_mpp": math.nan if target_mpp is None else target_mpp,
             }
         )
     for reason, slides in sorted(left.items()):
@@ -240,6 +248,21 @@ def assign_slides(
     if rows and missing:
         tell("listed slide without a feature file", sorted(missing))
     return pd.DataFrame(rows, columns=[*SLIDE_COLUMNS, "source"])
+
+
+def feature_names(cases: CasesFolder) -> dict[str, list[str]]:
+    """Return the feature files of the slides that each case lists, in that order.
+
+    Cases of which a listed slide has no features are left out.
+    """
+    paths = zip(cases.slides["slide"], cases.slides["path"], strict=True)
+    files = {slide_key(slide): Path(path).name for slide, path in paths}
+    names = {}
+    for case, slides in zip(cases.clinical.index, cases.clinical["slides"], strict=True):
+        found = [files.get(slide_key(slide)) for slide in slides]
+        if found and all(found):
+            names[str(case)] = [name for name in found if name]
+    return names
 
 
 def _case_finder(

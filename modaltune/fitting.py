@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import pandas as pd
 
 from modaltune.cases import Cohort
-from modaltune.cases_folder import CasesFolder
 from modaltune.clinical_encoder import ClinicalEncoder, Preset, Unseen
 from modaltune.errors import CohortError
 from modaltune.gene_scaler import GeneScaler
 from modaltune.labels import SurvivalBins
-from modaltune.pathways import PathwayIndex
+from modaltune.pathways import PathwayIndex, PathwayTable
 from modaltune.preprocessing import Preprocessing, TileRecipe
 from modaltune.splits import Split
 from modaltune.tables import check_choice
@@ -22,8 +21,20 @@ from modaltune.tables import check_choice
 FittedOn = Literal["train", "published"]
 
 
+class FittableCases(Protocol):
+    """What is fitted on: a cases folder, or several put together."""
+
+    @property
+    def cohort(self) -> Cohort:
+        """Feature files, expression and clinical rows by case."""
+
+    @property
+    def pathways(self) -> PathwayTable | None:
+        """The pathways, or None."""
+
+
 def fit_preprocessing(
-    cases: CasesFolder,
+    cases: FittableCases,
     split: Split,
     *,
     fitted_on: FittedOn = "train",
@@ -72,25 +83,23 @@ def fit_preprocessing(
             "split must have training cases to fit on, got none; build the cases folder with a "
             "training part"
         )
-    rows = cases.clinical.loc[[case for case in fitted if case in cases.clinical.index]]
-    pathways, scaler = None, None
-    if use_genes and cases.expression is not None and cases.pathways is not None:
-        genes = cases.expression
-        if fitted_on == "train":
-            genes = genes.loc[[case for case in fitted if case in genes.index]]
+    cohort = cases.cohort
+    rows = cohort.rows(cohort.clinical, fitted)
+    genes = cohort.rows(cohort.expression, fitted) if fitted_on == "train" else cohort.expression
+    pathways, scaler, encoder = None, None, None
+    if use_genes and genes is not None and cases.pathways is not None:
         pathways = PathwayIndex.build(cases.pathways, genes.columns, empty_pathways)
         scaler = GeneScaler.fit(genes[list(pathways.genes)], clip_quantiles, gene_gaps)
-    encoder = None
-    if clinical is not None:
+    if clinical is not None and rows is not None:
         encoder = ClinicalEncoder.fit(
             rows, clinical, unseen=unseen, stage_in_targets=stage_in_targets
         )
     return Preprocessing(
-        tiles=tile_recipe(cases.cohort, fitted) if use_slides else None,
+        tiles=tile_recipe(cohort, fitted) if use_slides else None,
         pathways=pathways,
         genes=scaler,
         clinical=encoder,
-        survival=fit_bins(rows),
+        survival=None if rows is None else fit_bins(rows),
     )
 
 

@@ -23,10 +23,11 @@ from modaltune.kernels import embed_positions
 from modaltune.modalities import GeneConfig, PathwayEncoder
 from modaltune.model import set_impl
 from modaltune.reference_config import longnet_from_reference, segments_from_reference
-from modaltune.schedule import learning_rate
 from modaltune.slide_encoders.longnet import LongNet, LongNetConfig, LongNetLayer
 from modaltune.slide_encoders.protocol import SlideTokens
 from modaltune.targets import distillation_loss, load_reference_projector
+from modaltune.train import epoch_rate
+from modaltune.train_config import TrainConfig
 
 Meta = Mapping[str, Any]
 Answers = dict[str, Tensor]
@@ -232,7 +233,7 @@ def evaluation(inputs: Inputs, meta: Meta, impl: str) -> Answers:
 
 
 def lr_schedule(inputs: Inputs, meta: Meta, impl: str) -> Answers:
-    """Learning rates of every epoch, for each stored number of epochs.
+    """Learning rates of every epoch in the training loop, for each stored number of epochs.
 
     Under torch 2.13 the published code runs the cosine 2 / (1 + cos(pi / (E - W))) times higher
     (METHOD 4.3); that list is ours times the factor.
@@ -241,18 +242,14 @@ def lr_schedule(inputs: Inputs, meta: Meta, impl: str) -> Answers:
     warmup = meta["warmup_epochs"]
     answers = {}
     for epochs in sorted({*meta["lrs_torch_2_0"], *meta.get("lrs_torch_2_13", {})}, key=int):
+        recipe = TrainConfig(
+            epochs=int(epochs),
+            lr=meta["lr"],
+            warmup_epochs=warmup,
+            warmup_factor=meta["warmup_factor"],
+        )
         rates = torch.tensor(
-            [
-                learning_rate(
-                    epoch,
-                    epochs=int(epochs),
-                    lr=meta["lr"],
-                    warmup_epochs=warmup,
-                    warmup_factor=meta["warmup_factor"],
-                )
-                for epoch in range(int(epochs) + 1)
-            ],
-            dtype=torch.float64,
+            [epoch_rate(recipe, epoch) for epoch in range(int(epochs) + 1)], dtype=torch.float64
         )
         answers[f"lrs_torch_2_0/{epochs}"] = rates
         raised = rates.clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from modaltune import reference_import as ref
 from modaltune.batch import CaseBatch
 from modaltune.golden_cases import Answers, Inputs
+from modaltune.learner import ModalTuneLearner
 from modaltune.model import ModalTune
 from modaltune.reference_config import config_from_reference
-from modaltune.targets import load_reference_projector
-from modaltune.train import TrainConfig, compute_loss, make_optimizer, train_step
+from modaltune.targets import Targets, load_reference_projector
+from modaltune.train import TrainConfig, fit
 
 
 def full_model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> Answers:
@@ -26,6 +27,8 @@ def full_model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> Answers:
         .project(inputs["in/text"])
     )
     recipe = TrainConfig(
+        epochs=1,
+        warmup_epochs=0,
         lr=meta["lr"],
         weight_decay=meta["weight_decay"],
         betas=tuple(meta["betas"]),
@@ -36,28 +39,57 @@ def full_model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> Answers:
     answers: Answers = {"out/text_projected_normalised": targets}
     answers.update(_intermediates(model, batch, meta["capture_task"]))
     rows = targets[list(meta["label_rows"])][None]
-    if not meta.get("train"):
-        with torch.no_grad():
-            outputs, loss = compute_loss(model, batch, rows, recipe)
-        return {**answers, "out/logits": outputs[0], "out/loss": loss.reshape(1)}
+    learner = ModalTuneLearner(model, recipe)
 
-    optimizer = make_optimizer(model, recipe)
-    outputs, loss = train_step(model, optimizer, batch, rows, recipe)
-    answers.update({"out/logits": outputs[0], "out/loss": loss.reshape(1)})
+    def evaluated() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            outputs = model(batch)
+            return outputs[0], learner.loss(outputs, rows).reshape(1)
+
+    if not meta.get("train"):
+        logits, loss = evaluated()
+        return {**answers, "out/logits": logits, "out/loss": loss}
+
+    (log,) = fit(learner, _OneCase(batch, rows), recipe)
+    if learner.outputs is not None:
+        answers["out/logits"] = learner.outputs[0]
+    answers["out/loss"] = rows.new_tensor([log.loss])
     rules = ref.model_rules(model)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     answers.update({f"grad/{k}": g for k, g in ref.to_published(rules, grads).items()})
     stepped = dict(model.named_parameters())
     answers.update({f"step/{k}": p for k, p in ref.to_published(rules, stepped).items()})
-    with torch.no_grad():
-        outputs, loss = compute_loss(model, batch, rows, recipe)
-    answers.update({"out/logits_after_step": outputs[0], "out/loss_after_step": loss.reshape(1)})
+    answers["out/logits_after_step"], answers["out/loss_after_step"] = evaluated()
     return answers
+
+
+class _WithoutDropout(ModalTune):
+    """The model of the golden steps, which were taken in evaluation mode."""
+
+    def train(self, mode: bool = True) -> _WithoutDropout:
+        super().train(False)
+        return self
+
+
+class _OneCase:
+    """A golden case as the training loop reads cases."""
+
+    def __init__(self, batch: CaseBatch, rows: Tensor) -> None:
+        self._batch, self._targets = batch, Targets.of_text(rows)
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, indices: Sequence[int]) -> CaseBatch:
+        return self._batch
+
+    def targets(self, indices: Sequence[int]) -> Targets:
+        return self._targets
 
 
 def _model(inputs: Inputs, meta: Mapping[str, Any], impl: str) -> tuple[ModalTune, CaseBatch]:
     genes, sizes = inputs.genes()
-    model = ModalTune(
+    model = _WithoutDropout(
         config_from_reference(meta),
         gene_index=torch.arange(genes.shape[1]),
         gene_offsets=torch.tensor([0, *sizes]).cumsum(0),

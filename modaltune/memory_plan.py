@@ -37,14 +37,16 @@ import torch
 from modaltune.memory_plan import TINY
 from modaltune.published_size import published_size_model, random_cases
 from modaltune.testing import peak_memory_mib
-from modaltune.train import TrainConfig, make_optimizer, train_step
+from modaltune.learner import ModalTuneLearner, Targets
+from modaltune.train import make_optimizer, train_step
 model = published_size_model(TINY).eval()
 batch = random_cases(model, 128)
 with torch.no_grad():
     targets = torch.nn.functional.normalize(model(batch), dim=-1)
 print(peak_memory_mib())
-recipe = TrainConfig()
-train_step(model.train(), make_optimizer(model, recipe), batch, targets, recipe)
+learner = ModalTuneLearner(model.train())
+optimizer = make_optimizer(learner, learner.config)
+train_step(learner, optimizer, [(batch, Targets.of_text(targets))])
 print(peak_memory_mib())
 """
 TINY = ModalTuneConfig(

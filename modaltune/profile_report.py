@@ -17,13 +17,14 @@ from modaltune.engine.atomic import atomic_path
 from modaltune.engine.device import DeviceFacts
 from modaltune.errors import InputError
 from modaltune.kernels.roofline import known_device
+from modaltune.learner import ModalTuneLearner, Targets
 from modaltune.machine_limits import Rates, measure_rates
 from modaltune.model import ModalTune
 from modaltune.model_flops import Work, count_flops
 from modaltune.plots import BLUE, INK, MUTED, RULE, SKY
 from modaltune.profiling import Profile, profile_run
 from modaltune.published_size import random_cases
-from modaltune.train import TrainConfig, make_optimizer, train_step
+from modaltune.train import make_optimizer, train_step
 
 BACKWARD = " (backward)"
 
@@ -84,16 +85,16 @@ def profile_model(
                 model(batch)
 
         return profile_run(forward, device=device, trace=trace)
-    recipe = TrainConfig()
-    optimizer = make_optimizer(model, recipe)
+    learner = ModalTuneLearner(model)
+    optimizer = make_optimizer(learner, learner.config)
     shape = (1, len(model.config.tasks), model.config.out_features)
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn(shape, generator=generator)
-    targets = F.normalize(targets, dim=-1).to(device)
+    parts = [(batch, Targets.of_text(F.normalize(targets, dim=-1)).to(device))]
 
     def step() -> None:
         with mixed():
-            train_step(model, optimizer, batch, targets, recipe)
+            train_step(learner, optimizer, parts)
 
     return profile_run(step, device=device, trace=trace)
 

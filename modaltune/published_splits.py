@@ -37,12 +37,14 @@ def read_published_split(
     """
     files = dict(zip(PARTS, (train, val, test), strict=True))
     tables = {
-        part: read_clinical(path, exclude=exclude)
+        part: read_clinical(path, exclude=exclude, allow_empty=True)
         for part, path in files.items()
         if path is not None
     }
     split = Split.from_dict({part: list(table.index) for part, table in tables.items()})
-    return split, pd.concat(list(tables.values()))
+    if not split.case_ids:
+        raise CohortError(f"{train} and the others must hold at least one case, got none")
+    return split, pd.concat([table for table in tables.values() if len(table)])
 
 
 def write_published_split(

@@ -100,8 +100,8 @@ def make_splits(
     """Split cases at random; the same cases and seed give the same split in any order of rows.
 
     A stratum with too few cases to be spread is joined with the others of its class, and what is
-    still too small with the other small ones. The published split is `stratify="class"`,
-    `unclassified="train"`.
+    still too small with the other small ones; so are strata that are more than a part has cases.
+    The published split is `stratify="class"`, `unclassified="train"`.
 
     Args:
         clinical: One row per case, index `case_id`; `primary_class` (-1: not classified) and
@@ -180,7 +180,9 @@ def _outer(
 def _divide(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cut a share off, in strata; whole groups where groups are larger than a case."""
     if table["group"].is_unique:
-        strata = _large_enough(table, 2)
+        # Every stratum needs a place in the smaller part.
+        places = int(min(share, 1 - share) * len(table))
+        strata = _large_enough(table, 2, places)
         rest, cut = _refusing_too_few(
             lambda: train_test_split(table, test_size=share, stratify=strata, random_state=seed)
         )
@@ -209,12 +211,14 @@ def _refusing_too_few(cut: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _large_enough(table: pd.DataFrame, least: int) -> pd.Series:
-    """Join strata of fewer than `least` cases with those most like them."""
+def _large_enough(table: pd.DataFrame, least: int, most_strata: int | None = None) -> pd.Series:
+    """Join strata of fewer than `least` cases with those most like them, or all of too many."""
     strata = table["stratum"].copy()
     for broader in (table["class"], pd.Series("few", table.index)):
         small = strata.map(strata.value_counts()) < least
         strata[small] = broader[small]
+        if most_strata is not None and strata.nunique() > most_strata:
+            strata = broader.copy()
     small = strata.map(strata.value_counts()) < least
     strata[small] = strata.mode().iloc[0] if len(strata) else "few"
     return strata

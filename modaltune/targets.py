@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,45 @@ _REFERENCE_KEYS = {
     "conv1.3.weight": "out_proj.weight",
     "conv1.3.bias": "out_proj.bias",
 }
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What B cases are tuned towards; a learner reads what it needs.
+
+    Attributes:
+        text: `[B, T, out_features]` unit rows, one per task prompt; None without text targets.
+        classes: `[B]` int64, -1 for a case that is not classified.
+        durations: `[B]` months to death or last follow-up, NaN where unknown.
+        events: `[B]` 1 died, 0 censored, NaN where unknown.
+    """
+
+    text: Tensor | None
+    classes: Tensor
+    durations: Tensor
+    events: Tensor
+
+    @classmethod
+    def of_text(cls, text: Tensor) -> Targets:
+        """Return targets that know the text rows `[B, T, out_features]` and nothing else."""
+        unknown = torch.full((len(text),), math.nan)
+        return cls(text, torch.full((len(text),), -1), unknown, unknown.clone())
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def rows(self, indices: Sequence[int]) -> Targets:
+        """Return the targets of some cases."""
+        chosen = list(indices)
+        return self._each(lambda t: t[chosen])
+
+    def to(self, device: torch.device | str) -> Targets:
+        """Return the targets on a device."""
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        text = None if self.text is None else change(self.text)
+        return Targets(text, change(self.classes), change(self.durations), change(self.events))
 
 
 class TextProjector(nn.Module):

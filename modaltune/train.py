@@ -1,60 +1,42 @@
-"""The training loop: text targets, loss, AdamW, schedule, checkpoint. Reads top to bottom."""
+"""The training loop: order, schedule, gradients, AdamW. Reads top to bottom.
+
+On a CPU, one GPU, or many through `torchrun`; what goes on around it is a `Watcher`'s.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modaltune.batch import CaseBatch
 from modaltune.errors import InputError
-from modaltune.freed_memory import return_freed_memory
 from modaltune.kernels.ranges import stage_range
+from modaltune.learner import (
+    Learner,
+    ModalTuneLearner,
+    Targets,
+    TrainingCases,
+    check_finite,
+    embed_all,
+)
 from modaltune.model import ModalTune
+from modaltune.prefetch import load_ahead
+from modaltune.processes import add_over_processes, make_accelerator
 from modaltune.schedule import learning_rate
-from modaltune.targets import distillation_loss
+from modaltune.train_config import TrainConfig
 
-# Tiles of a batch from which on its freed activations are worth a call to the C library.
-TRIMMED_BYTES = 2**20
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
+__all__ = ["EpochLog", "TrainConfig", "Training", "TrainingCases", "Watcher", "embed_cases", "fit"]
 
-class TrainConfig(BaseModel):
-    """Every knob of training; the defaults are the published recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(20, gt=0)
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    warmup_epochs: int = Field(10, ge=0, description="epochs of linear warm-up")
-    warmup_factor: float = Field(20.0, ge=1, description="warm-up starts at lr / this")
-    weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    temperature: float = Field(1.0, gt=0, description="of the distillation softmax")
-    loss_factor: float = Field(10.0, gt=0, description="weight of the distillation loss")
-    cases_per_step: int = Field(1, gt=0, description="cases per optimiser step; published: 1")
-    task_backward: Literal["sequential", "joint"] = Field(
-        "sequential",
-        description="sequential: backward after each pass of the trunk, so that the activations "
-        "of one live at a time; joint: after all",
-    )
-    seed: int = Field(0, ge=0)
-
-
-class TrainingCases(Protocol):
-    """Cases to learn from: their tensors and the targets of their task prompts."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int]) -> CaseBatch:
-        """Return the packed tensors of some cases."""
-
-    def targets(self, indices: Sequence[int]) -> Tensor:
-        """Return unit target rows `[B, T, out_features]`, one per case and task prompt."""
+Part = tuple[CaseBatch, Targets]
 
 
 @dataclass(frozen=True)
@@ -67,10 +49,64 @@ class EpochLog:
     cases: int
 
 
-def make_optimizer(model: ModalTune, config: TrainConfig) -> torch.optim.AdamW:
+@dataclass
+class Training:
+    """A training run where it stands: all that decides how it goes on, beside global generators.
+
+    Attributes:
+        learner: What is tuned.
+        config: The recipe.
+        optimizer: AdamW, prepared by `accelerator`.
+        accelerator: Precision, scaler and processes.
+        order: Draws the order of cases, once per epoch.
+        epoch_order: State of `order` before this epoch's draw.
+        epoch: Epoch under way, 0-based.
+        step: Steps done in it.
+        loss_sum: Sum of its cases' losses so far.
+        log: Epochs that are done.
+    """
+
+    learner: Learner
+    config: TrainConfig
+    optimizer: Any
+    accelerator: Accelerator
+    order: torch.Generator
+    epoch_order: Tensor
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    log: list[EpochLog] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls, learner: Learner, config: TrainConfig, accelerator: Accelerator | None = None
+    ) -> Training:
+        """Seed torch and make the optimiser: a run before its first step."""
+        accelerator = accelerator or make_accelerator(learner, config)
+        torch.manual_seed(config.seed + accelerator.process_index)
+        order = torch.Generator().manual_seed(config.seed)
+        optimizer = accelerator.prepare(make_optimizer(learner, config))
+        return cls(learner, config, optimizer, accelerator, order, order.get_state())
+
+
+class Watcher:
+    """What a loop tells as it goes. The methods of this one do nothing."""
+
+    def begin(self, training: Training, num_cases: int) -> None:
+        """Before the first step: the place to put a checkpoint's state into `training`."""
+
+    def step(self, training: Training, parts: Sequence[Part], loss: float, waited_s: float) -> None:
+        """After a step: its batches here, the mean loss of its cases, seconds waited for data."""
+
+    def epoch(self, training: Training, log: EpochLog) -> bool:
+        """After an epoch; True ends the training."""
+        return False
+
+
+def make_optimizer(learner: Learner, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over every trainable tensor in one group, as published (biases decay too)."""
     return torch.optim.AdamW(
-        model.trainable_parameters(),
+        learner.trainable_parameters(),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -78,107 +114,79 @@ def make_optimizer(model: ModalTune, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def compute_loss(
-    model: ModalTune, batch: CaseBatch, targets: Tensor, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Return raw embeddings `[B, T, out]` and the mean loss over cases (a scalar).
-
-    Args:
-        model: The model, in the mode it should run in.
-        batch: B cases.
-        targets: `[B, T, out]` unit rows.
-        config: Temperature and weight of the loss.
-    """
-    outputs = model(batch)
-    loss = distillation_loss(outputs, targets, config.temperature, config.loss_factor)
-    return outputs, loss.mean()
-
-
-def accumulate_gradients(
-    model: ModalTune, batch: CaseBatch, targets: Tensor, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Add the gradient of `compute_loss` to the weights' and return what it returns, detached.
-
-    The loss is a sum over tasks, so `task_backward="sequential"` pulls each pass of the trunk back
-    before the next one starts: the same gradient to rounding, in the memory of one pass.
-
-    Raises:
-        InputError: The loss is not finite; the weights hold no gradient then.
-    """
-    if config.task_backward == "joint":
-        outputs, loss = compute_loss(model, batch, targets, config)
-        _check_finite(model, batch, loss)
-        with stage_range("backward"):
-            loss.backward()
-        outputs, loss = outputs.detach(), loss.detach()
-        _return_activations(batch)
-        return outputs, loss
-    parts: list[Tensor] = []
-    dtype = torch.float32
-    total = torch.zeros((), dtype=torch.float64, device=targets.device)
-    for columns, outputs in model.each_pass(batch, backward=True):
-        loss = distillation_loss(
-            outputs, targets[:, columns], config.temperature, config.loss_factor
-        ).mean()
-        _check_finite(model, batch, loss)
-        with stage_range("backward"):
-            loss.backward()
-        parts.append(outputs.detach())
-        dtype = loss.dtype
-        total += loss.detach()
-        del outputs, loss  # their graph would outlive the next pass
-        _return_activations(batch)
-    return torch.cat(parts, dim=1), total.to(dtype)
-
-
-def _return_activations(batch: CaseBatch) -> None:
-    if batch.tiles.device.type == "cpu" and batch.tiles.nbytes >= TRIMMED_BYTES:
-        return_freed_memory()
-
-
-def _check_finite(model: ModalTune, batch: CaseBatch, loss: Tensor) -> None:
-    if bool(torch.isfinite(loss)):
-        return
-    model.zero_grad(set_to_none=True)
-    ids = ", ".join(batch.case_id(b) for b in range(batch.num_cases))
-    raise InputError(
-        f"loss must be finite, got {loss.item()} on case(s) {ids}; check their features and "
-        "targets, or lower the learning rate"
+def epoch_rate(config: TrainConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch, 0-based."""
+    return learning_rate(
+        epoch,
+        epochs=config.epochs,
+        lr=config.lr,
+        warmup_epochs=config.warmup_epochs,
+        warmup_factor=config.warmup_factor,
     )
 
 
 def train_step(
-    model: ModalTune,
-    optimizer: torch.optim.Optimizer,
-    batch: CaseBatch,
-    targets: Tensor,
-    config: TrainConfig,
-) -> tuple[Tensor, Tensor]:
-    """Take one optimiser step; return the embeddings and the loss from before it.
+    learner: Learner,
+    optimizer: Any,
+    parts: Sequence[Part],
+    accelerator: Accelerator | None = None,
+    num_cases: int | None = None,
+) -> Tensor:
+    """Take one optimiser step; return the mean loss over its cases from before it, a scalar.
+
+    Args:
+        learner: In the mode it should run in.
+        optimizer: Of `make_optimizer`, or what accelerate made of it.
+        parts: Batches whose gradients are added up; may be none here if others have some.
+        accelerator: Precision and processes; float32 in this process alone without.
+        num_cases: Cases of the step over all processes.
 
     Raises:
         InputError: The loss is not finite; the weights are untouched.
     """
     optimizer.zero_grad(set_to_none=True)
-    outputs, loss = accumulate_gradients(model, batch, targets, config)
+    count = num_cases or sum(batch.num_cases for batch, _ in parts)
+    total: Tensor | None = None
+    for batch, targets in parts:
+        share = batch.num_cases / count
+
+        def backward(loss: Tensor, batch: CaseBatch = batch, share: float = share) -> None:
+            check_finite(loss, learner.model, batch)
+            # Each backward op runs in the types of its forward op; nothing is cast anew.
+            with stage_range("backward"), torch.autocast(loss.device.type, enabled=False):
+                scaled = loss if share == 1 else loss * share
+                scaled.backward() if accelerator is None else accelerator.backward(scaled)
+
+        with nullcontext() if accelerator is None else accelerator.autocast():
+            loss = learner.accumulate(batch, targets, backward) * share
+        total = loss if total is None else total + loss
+    parameters = learner.trainable_parameters()
+    total = parameters[0].new_zeros(()) if total is None else total
+    if accelerator is not None and accelerator.num_processes > 1:
+        total = add_over_processes(parameters, total, accelerator)
     with stage_range("optimizer"):
         optimizer.step()
-    return outputs, loss
+    return total
 
 
 def fit(
-    model: ModalTune,
+    learner: Learner,
     cases: TrainingCases,
     config: TrainConfig,
     on_step: Callable[[int, int], None] | None = None,
+    *,
+    watcher: Watcher | None = None,
+    accelerator: Accelerator | None = None,
 ) -> list[EpochLog]:
-    """Tune `model` on `cases`, in place.
+    """Tune a learner on cases, in place; it is left in evaluation mode.
 
     Args:
-        model: Left in evaluation mode.
-        cases: Training cases with their targets.
+        learner: On its device.
+        cases: With their targets; read ahead in a thread.
         config: The recipe; `seed` fixes order and dropout.
         on_step: Called with steps done and steps in all.
+        watcher: Told of every step and epoch.
+        accelerator: One made before, by `make_accelerator`.
 
     Returns:
         One entry per epoch.
@@ -188,38 +196,46 @@ def fit(
     """
     if len(cases) == 0:
         raise InputError("training cases must not be empty, got 0; check the split")
-    torch.manual_seed(config.seed)
-    order = torch.Generator().manual_seed(config.seed)
-    optimizer = make_optimizer(model, config)
-    per_epoch = -(-len(cases) // config.cases_per_step)
-    log = []
-    for epoch in range(config.epochs):
-        lr = learning_rate(
-            epoch,
-            epochs=config.epochs,
-            lr=config.lr,
-            warmup_epochs=config.warmup_epochs,
-            warmup_factor=config.warmup_factor,
-        )
-        for group in optimizer.param_groups:
+    watcher = watcher or Watcher()
+    training = Training.begin(learner, config, accelerator)
+    watcher.begin(training, len(cases))
+    accelerator = training.accelerator
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+
+    def load(chosen: Tensor) -> tuple[int, list[Part]]:
+        mine = chosen[rank::world].tensor_split(config.accumulation)
+        own = [part.tolist() for part in mine if len(part)]
+        return len(chosen), [(cases.batch(part), cases.targets(part)) for part in own]
+
+    for epoch in range(training.epoch, config.epochs):
+        lr = epoch_rate(config, epoch)
+        for group in training.optimizer.param_groups:
             group["lr"] = lr
-        model.train()
-        shuffled = torch.randperm(len(cases), generator=order)
-        total = 0.0
-        for step, chosen in enumerate(shuffled.split(config.cases_per_step)):
-            indices = chosen.tolist()
-            _, loss = train_step(
-                model, optimizer, cases.batch(indices), cases.targets(indices), config
-            )
-            total += float(loss) * len(indices)
-            if on_step is not None:
-                on_step(epoch * per_epoch + step + 1, config.epochs * per_epoch)
-        log.append(EpochLog(epoch, lr, total / len(cases), len(cases)))
-    model.eval()
-    return log
+        learner.model.train()
+        training.order.set_state(training.epoch_order)
+        steps = torch.randperm(len(cases), generator=training.order).split(config.cases_per_step)
+        with closing(load_ahead(load, steps[training.step :])) as loaded:
+            asked = time.perf_counter()
+            for count, read in loaded:
+                waited_s = time.perf_counter() - asked
+                parts = [(batch.to(device), targets.to(device)) for batch, targets in read]
+                loss = float(train_step(learner, training.optimizer, parts, accelerator, count))
+                training.step += 1
+                training.loss_sum += loss * count
+                if on_step is not None:
+                    on_step(epoch * len(steps) + training.step, config.epochs * len(steps))
+                watcher.step(training, parts, loss, waited_s)
+                asked = time.perf_counter()
+        log = EpochLog(epoch, lr, training.loss_sum / len(cases), len(cases))
+        training.log.append(log)
+        training.epoch, training.step, training.loss_sum = epoch + 1, 0, 0.0
+        training.epoch_order = training.order.get_state()
+        if watcher.epoch(training, log):
+            break
+    learner.model.eval()
+    return training.log
 
 
-@torch.inference_mode()
 def embed_cases(
     model: ModalTune,
     cases: TrainingCases,
@@ -228,12 +244,7 @@ def embed_cases(
     tasks: Sequence[int] | None = None,
 ) -> Tensor:
     """Return raw embeddings `[n, T, out_features]` float32 of some cases, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    parts = [
-        model(cases.batch(list(indices[i : i + cases_per_batch])), tasks).float()
-        for i in range(0, len(indices), cases_per_batch)
-    ]
-    model.train(was_training)
-    count = len(model.config.tasks if tasks is None else tasks)
-    return torch.cat(parts) if parts else torch.zeros(0, count, model.config.out_features)
+    if len(indices) == 0:
+        count = len(model.config.tasks if tasks is None else tasks)
+        return torch.zeros(0, count, model.config.out_features)
+    return embed_all(ModalTuneLearner(model, embed_tasks=tasks), cases, indices, cases_per_batch)

@@ -237,7 +237,9 @@ def test_prepared_cases_serve_batches_and_targets() -> None:
     ready = PreparedCases(cases, targets, "scaled", WIDTH)
     assert len(ready) == 3
     assert ready.batch([2, 0]).case_ids == ("C", "A")
-    assert ready.targets([2, 0])[:, 0, 0].tolist() == [2, 0]
+    text = ready.targets([2, 0]).text
+    assert text is not None
+    assert text[:, 0, 0].tolist() == [2, 0]
     with pytest.raises(CohortError, match="cases must carry targets"):
         PreparedCases(cases, None, "scaled", WIDTH).targets([0])
     with pytest.raises(CohortError, match=r"one row per case \(3\), got 2"):

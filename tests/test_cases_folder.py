@@ -48,6 +48,7 @@ def content() -> CasesContent:
             "tiles": [3, 4, 0],
             "width": [8, 8, 8],
             "base_mpp": [0.5, 0.25, np.nan],
+            "target_mpp": [0.5, np.nan, np.nan],
         }
     )
     return CasesContent(
@@ -92,11 +93,23 @@ def test_the_cohort_knows_where_features_lie_and_how_to_read_them(tmp_path: Path
     assert here.cohort.slides == {"c1": (inside, away), "c3": (Path("/far/away/s3.h5"),)}
     assert here.cohort.reading == {
         inside: SlideReading(),
-        away: SlideReading(base_mpp=0.25, encoder="e"),
+        away: SlideReading(base_mpp=0.25, target_mpp=None, encoder="e"),
     }
     assert here.cohort.case_ids == IDS
     moved = CasesFolder.open(tmp_path / "cases", features=there)
     assert moved.cohort.slides["c1"] == (inside, there / "sub/s1.h5")
+
+
+def test_features_outside_their_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("../secret.h5", "/etc/secret.h5"):
+        slides = content().slides
+        assert slides is not None
+        slides.loc[0, "features"] = name
+        write_cases_folder(
+            tmp_path / "cases", dataclasses.replace(content(), slides=slides), replace=True
+        )
+        with pytest.raises(CohortError, match="must name features below their folder"):
+            _ = CasesFolder.open(tmp_path / "cases").cohort
 
 
 def test_only_clinical_rows_are_needed(tmp_path: Path) -> None:

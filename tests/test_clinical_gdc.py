@@ -175,7 +175,7 @@ def test_negative_durations_are_errors_naming_all_cases_unless_excluded(tmp_path
 
 
 def test_of_several_diagnoses_the_first_primary_one_counts(tmp_path: Path) -> None:
-    later = {"primary_diagnosis": "Squamous cell carcinoma, NOS", "days_to_diagnosis": 400,
+    later = {"primary_diagnosis": "Acinar cell carcinoma", "days_to_diagnosis": 400,
              "diagnosis_is_primary_disease": "true", "days_to_last_follow_up": 900}  # fmt: skip
     first = {"days_to_diagnosis": 0, "diagnosis_is_primary_disease": "true",
              "ajcc_pathologic_m": None}  # fmt: skip
@@ -205,6 +205,24 @@ def test_follow_ups_of_json_count_and_age_can_come_in_days(tmp_path: Path) -> No
     row = read_clinical(write_json(tmp_path / "c.json", [case])).iloc[0]
     assert row["survival_months"] == pytest.approx(20.0)
     assert row["age"] == 60
+
+
+def test_older_json_has_the_barcode_in_the_ids_of_its_parts(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "c.json", PATIENTS[:2])
+    cases = json.loads(path.read_text())
+    for case in cases:
+        name = case.pop("submitter_id")
+        case["demographic"]["submitter_id"] = f"{name}_demographic"
+    path.write_text(json.dumps(cases))
+    assert list(read_clinical(path).index) == ["TCGA-A1-0001", "TCGA-A2-0001"]
+    del cases[0]["demographic"]["submitter_id"]
+    cases[0]["diagnoses"][0]["submitter_id"] = "TCGA-A1-0001_diagnosis2"
+    path.write_text(json.dumps(cases))
+    assert list(read_clinical(path).index) == ["TCGA-A1-0001", "TCGA-A2-0001"]
+    del cases[0]["diagnoses"][0]["submitter_id"]
+    path.write_text(json.dumps(cases))
+    with pytest.raises(CohortError, match="or a list of GDC cases, got another structure"):
+        read_clinical(path)
 
 
 def test_rows_that_contradict_each_other_or_break_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modaltune.engine.errors import FeatureFileError
+from modaltune.engine.feature_index import index_features
 from modaltune.engine.store import read_features
 
 N, D = 6, 5
@@ -91,6 +92,16 @@ def test_lazyslide_choice_and_broken_join(tmp_path: Path) -> None:
         read_features(path, encoder="uni2")
     with pytest.raises(FeatureFileError, match="must be a SpatialData zarr"):
         read_features(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lazyslide_stores_of_a_folder_are_indexed(tmp_path: Path) -> None:
+    write_lazyslide(tmp_path / "s.zarr", version=2, models=("conch", "uni2"))
+    (path, reason) = index_features(tmp_path).skipped[0]
+    assert path.name == "s.zarr"
+    assert "encoder" in reason
+    (found,) = index_features(tmp_path, encoder="uni2").files
+    assert (found.slide, found.encoder, found.tiles, found.width) == ("s", "uni2", N, D)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -35,7 +35,8 @@ from modaltune.model import ModalTune
 from modaltune.published_size import published_size_model, random_cases
 from modaltune.slide_encoders.longnet import LongNetConfig
 from modaltune.slide_encoders.titan import TitanConfig
-from modaltune.train import TrainConfig, accumulate_gradients
+from modaltune.testing_training import accumulate_gradients
+from modaltune.train import TrainConfig
 
 CPU = torch.device("cpu")
 GENES = GeneConfig(width=8, depth=1, tokens=4)

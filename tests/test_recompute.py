@@ -13,13 +13,15 @@ from modaltune.adapter import AdapterConfig
 from modaltune.batch import CaseBatch
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
+from modaltune.learner import ModalTuneLearner
 from modaltune.memory_probe import count_memory
 from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
 from modaltune.recompute import LEVELS, again
 from modaltune.slide_encoders.longnet import LongNetConfig
 from modaltune.slide_encoders.titan import TitanConfig
-from modaltune.train import TrainConfig, accumulate_gradients, compute_loss
+from modaltune.testing_training import accumulate_gradients
+from modaltune.train import TrainConfig
 
 WIDTH, TILES = 16, 6
 LONGNET = LongNetConfig(in_features=TILES, width=WIDTH, depth=4, heads=4, ffn_width=24)
@@ -147,12 +149,13 @@ def test_modalities_are_encoded_and_pulled_back_as_often_as_their_dropout_is_dra
         assert (len(forward), len(back)) == (draws, draws), mode
 
 
-def test_the_loss_is_that_of_compute_loss() -> None:
+def test_the_loss_is_that_of_all_tasks_at_once() -> None:
     model = small().eval()
     batch, targets = batch_of(9, 3)
     recipe = TrainConfig(temperature=0.5, loss_factor=3.0)
     with torch.no_grad():
-        outputs, loss = compute_loss(model, batch, targets, recipe)
+        outputs = model(batch)
+        loss = ModalTuneLearner(model, recipe).loss(outputs, targets)
     found = accumulate_gradients(model, batch, targets, recipe)
     torch.testing.assert_close(found[0], outputs, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found[1], loss, rtol=1e-12, atol=1e-14)

@@ -15,17 +15,11 @@ from modaltune.adapter import AdapterConfig
 from modaltune.batch import CaseBatch
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
+from modaltune.learner import ModalTuneLearner, Targets
 from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
 from modaltune.slide_encoders.longnet import LongNetConfig
-from modaltune.train import (
-    TrainConfig,
-    compute_loss,
-    embed_cases,
-    fit,
-    make_optimizer,
-    train_step,
-)
+from modaltune.train import TrainConfig, embed_cases, fit, make_optimizer, train_step
 
 CONFIG = ModalTuneConfig(
     slide_encoder=LongNetConfig(in_features=6, width=16, depth=2, heads=4, ffn_width=16),
@@ -68,8 +62,11 @@ class Cases:
         names = tuple(f"P{i}" for i in indices)
         return CaseBatch(torch.cat(tiles), where, offsets, {"genes": genes}, {}, names)
 
-    def targets(self, indices: Sequence[int]) -> Tensor:
-        return self.rows[list(indices)]
+    def targets(self, indices: Sequence[int]) -> Targets:
+        return Targets.of_text(self.rows[list(indices)])
+
+    def part(self, indices: Sequence[int]) -> tuple[CaseBatch, Targets]:
+        return self.batch(indices), self.targets(indices)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -79,19 +76,21 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def test_two_runs_give_the_same_bits() -> None:
     first, second = small(trunk_dropout=True), small(trunk_dropout=True)
     recipe = FAST.model_copy(update={"epochs": 2})
-    logs = [fit(first, Cases(4), recipe)]
+    logs = [fit(ModalTuneLearner(first), Cases(4), recipe)]
     torch.manual_seed(99)  # what came before must not matter
-    logs.append(fit(second, Cases(4), recipe))
+    logs.append(fit(ModalTuneLearner(second), Cases(4), recipe))
     assert logs[0] == logs[1]
     assert all(torch.equal(a, state(second)[n]) for n, a in state(first).items())
-    other = fit(small(trunk_dropout=True), Cases(4), recipe.model_copy(update={"seed": 1}))
+    other = fit(
+        ModalTuneLearner(small(trunk_dropout=True)), Cases(4), recipe.model_copy(update={"seed": 1})
+    )
     assert [e.loss for e in other] != [e.loss for e in logs[0]]
 
 
 def test_the_loss_falls_and_the_trunk_stays() -> None:
     model, cases = small(), Cases()
     before = state(model)
-    log = fit(model, cases, FAST)
+    log = fit(ModalTuneLearner(model), cases, FAST)
     assert [entry.epoch for entry in log] == list(range(6))
     assert all(entry.cases == 8 for entry in log)
     assert log[-1].loss < 0.5 * log[0].loss
@@ -104,7 +103,9 @@ def test_the_loss_falls_and_the_trunk_stays() -> None:
 
 def test_every_epoch_sees_every_case_once_in_another_order() -> None:
     cases = Cases()
-    fit(small(), cases, FAST.model_copy(update={"epochs": 2, "cases_per_step": 3}))
+    fit(
+        ModalTuneLearner(small()), cases, FAST.model_copy(update={"epochs": 2, "cases_per_step": 3})
+    )
     assert [len(step) for step in cases.seen] == [3, 3, 2] * 2
     first, second = (list(chain.from_iterable(s)) for s in (cases.seen[:3], cases.seen[3:]))
     assert sorted(first) == sorted(second) == list(range(8))
@@ -114,7 +115,12 @@ def test_every_epoch_sees_every_case_once_in_another_order() -> None:
 def test_steps_are_counted() -> None:
     steps: list[tuple[int, int]] = []
     recipe = FAST.model_copy(update={"epochs": 2, "cases_per_step": 3})
-    fit(small(), Cases(), recipe, on_step=lambda done, of: steps.append((done, of)))
+    fit(
+        ModalTuneLearner(small()),
+        Cases(),
+        recipe,
+        on_step=lambda done, of: steps.append((done, of)),
+    )
     assert steps == [(i, 6) for i in range(1, 7)]
 
 
@@ -128,7 +134,7 @@ def test_the_published_schedule_is_used(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     recipe = TrainConfig(epochs=13, lr=1e-3)
-    log = fit(small(), Cases(1), recipe)
+    log = fit(ModalTuneLearner(small()), Cases(1), recipe)
     # METHOD 4.3: a line from lr/20 to lr at epoch 10, lr again at 11, then half a cosine.
     want = [1e-3 / 20 * (1 + 19 * e / 10) for e in range(11)] + [1e-3, 1e-3 * 0.75]
     assert rates == pytest.approx(want, rel=1e-12)
@@ -137,7 +143,7 @@ def test_the_published_schedule_is_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_optimiser_holds_exactly_what_is_tuned() -> None:
     model = small()
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizer = make_optimizer(ModalTuneLearner(model), TrainConfig())
     (group,) = optimizer.param_groups
     held = {id(p) for p in group["params"]}
     for name, p in model.named_parameters():
@@ -150,9 +156,10 @@ def test_the_optimiser_holds_exactly_what_is_tuned() -> None:
 def test_the_loss_is_the_mean_over_cases() -> None:
     model, cases = small().eval(), Cases()
     recipe = TrainConfig(temperature=0.5, loss_factor=3.0)
-    rows = cases.targets(range(4))
+    rows = cases.rows[:4]
     with torch.no_grad():
-        outputs, loss = compute_loss(model, cases.batch(range(4)), rows, recipe)
+        outputs = model(cases.batch(range(4)))
+        loss = ModalTuneLearner(model, recipe).loss(outputs, rows)
     # METHOD 3.10, row by row.
     total = 0.0
     for b in range(4):
@@ -197,22 +204,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     cases.rows = cases.rows.clone()
     cases.rows[3, 0, 0] = torch.nan
     before = state(model)
-    optimizer = make_optimizer(model, TrainConfig())
+    learner = ModalTuneLearner(model)
+    optimizer = make_optimizer(learner, TrainConfig())
     with pytest.raises(InputError, match=r"loss must be finite, got nan on case\(s\) P2, P3;"):
-        train_step(model, optimizer, cases.batch([2, 3]), cases.targets([2, 3]), TrainConfig())
+        train_step(learner, optimizer, [cases.part([2, 3])])
     assert all(torch.equal(t, before[n]) for n, t in state(model).items())
 
 
 def test_a_step_uses_the_gradient_of_its_own_cases_only() -> None:
     model, cases = small().eval(), Cases()
-    optimizer = make_optimizer(model, TrainConfig())
+    learner = ModalTuneLearner(model)
+    optimizer = make_optimizer(learner, TrainConfig())
     for i in range(2):
-        train_step(model, optimizer, cases.batch([i]), cases.targets([i]), TrainConfig())
+        train_step(learner, optimizer, [cases.part([i])])
     before = copy.deepcopy(model)
-    train_step(model, optimizer, cases.batch([2]), cases.targets([2]), TrainConfig())
+    train_step(learner, optimizer, [cases.part([2])])
     before.zero_grad()
-    _, loss = compute_loss(before, cases.batch([2]), cases.targets([2]), TrainConfig())
-    loss.backward()
+    ModalTuneLearner(before).loss(before(cases.batch([2])), cases.rows[2:3]).backward()
     for (name, got), (_, want) in zip(
         model.named_parameters(), before.named_parameters(), strict=True
     ):
@@ -223,7 +231,7 @@ def test_a_step_uses_the_gradient_of_its_own_cases_only() -> None:
 
 def test_no_cases_is_an_error() -> None:
     with pytest.raises(InputError, match="training cases must not be empty"):
-        fit(small(), Cases(0), FAST)
+        fit(ModalTuneLearner(small()), Cases(0), FAST)
 
 
 def test_embedding_is_deterministic_and_leaves_the_mode_alone() -> None:

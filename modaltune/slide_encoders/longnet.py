@@ -36,16 +36,20 @@ class LongNetConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["longnet"] = "longnet"
+    kind: Literal["longnet"] = Field("longnet", description="kind of slide encoder")
     in_features: int = Field(1536, gt=0, description="tile feature width")
     width: int = Field(768, gt=0, description="token width D; a multiple of 4 and of heads")
     depth: int = Field(12, gt=0, description="number of layers")
-    heads: int = Field(16, gt=0)
-    ffn_width: int = Field(3072, gt=0)
+    heads: int = Field(16, gt=0, description="attention heads")
+    ffn_width: int = Field(3072, gt=0, description="inner width of the FFN")
     grid_cells: int = Field(1000, gt=0, description="cells of the position grid per axis")
     cell_px: int = Field(256, gt=0, description="side of a grid cell, px of the tile positions")
-    segment_lengths: tuple[int, ...] = published_segments()
-    dilation_ratios: tuple[int, ...] = (1, 2, 4, 8, 16)
+    segment_lengths: tuple[int, ...] = Field(
+        published_segments(), description="tiles of a segment, per branch of dilated attention"
+    )
+    dilation_ratios: tuple[int, ...] = Field(
+        (1, 2, 4, 8, 16), description="every how manieth tile of a segment, per branch"
+    )
     wrap_positions: bool = Field(
         False, description="published quirk: a second coordinate past the grid wraps around"
     )

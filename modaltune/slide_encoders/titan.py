@@ -45,13 +45,13 @@ class TitanConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["titan"] = "titan"
+    kind: Literal["titan"] = Field("titan", description="kind of slide encoder")
     in_features: int = Field(default=768, gt=0, description="tile feature width (CONCH v1.5)")
     width: int = Field(default=768, gt=0, description="token width D; a multiple of both heads")
     depth: int = Field(default=6, gt=0, description="number of blocks")
-    heads: int = Field(default=12, gt=0)
+    heads: int = Field(default=12, gt=0, description="attention heads")
     mlp_ratio: float = Field(default=4.0, gt=0, description="MLP width over D")
-    pooler_heads: int = Field(default=8, gt=0)
+    pooler_heads: int = Field(default=8, gt=0, description="attention heads of the poolers")
     pooler_queries: int = Field(
         default=128, gt=0, description="of the captioning pooler, kept for lossless loading only"
     )

@@ -1,0 +1,108 @@
+"""Validation during training: linear probes on the embeddings of one task prompt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import precision_recall_fscore_support
+
+from modaltune.evaluate import accuracy, balanced_accuracy
+from modaltune.probes import ProbeError, fit_cox, fit_logistic
+from modaltune.targets import Targets
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float64]
+COX_PENALTY = 0.1
+
+
+def validate(
+    train: Floats,
+    val: Floats,
+    train_targets: Targets,
+    val_targets: Targets,
+    train_sites: Sequence[int],
+    val_sites: Sequence[int],
+) -> dict[str, Any]:
+    """Fit a logistic and a Cox probe on training embeddings and judge them on validation.
+
+    With several sites, each has probes of its own, figures are their means over sites, and a
+    further logistic probe tells the sites apart.
+
+    Args:
+        train: `[n, d]` raw embeddings of the training cases.
+        val: `[m, d]` of the validation cases.
+        train_targets: Classes and survival of the training cases.
+        val_targets: Of the validation cases.
+        train_sites: Site number of each training case.
+        val_sites: Of each validation case.
+
+    Returns:
+        `balanced_accuracy`, `accuracy`, `c_index` (None where a probe can't be fitted or judged),
+        per-class `recall`, `precision`, `f1`, and with several sites `sites` and
+        `site_balanced_accuracy`.
+
+    Source: METHOD 4.4, 4.7.
+    """
+    own, other = np.asarray(train_sites), np.asarray(val_sites)
+    by_site: dict[str, dict[str, Any]] = {}
+    for site in sorted(set(own.tolist())):
+        here, there = np.flatnonzero(own == site), np.flatnonzero(other == site)
+        by_site[str(site)] = _one_site(
+            train[here], val[there], train_targets.rows(here.tolist()),
+            val_targets.rows(there.tolist()),
+        )  # fmt: skip
+    if len(by_site) == 1:
+        return next(iter(by_site.values()))
+    means = {name: _mean(by_site, name) for name in ("balanced_accuracy", "accuracy", "c_index")}
+    return {
+        **means,
+        "sites": by_site,
+        "site_balanced_accuracy": _site_accuracy(train, val, own, other),
+    }
+
+
+def _one_site(
+    train: Floats, val: Floats, train_targets: Targets, val_targets: Targets
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"balanced_accuracy": None, "accuracy": None, "c_index": None}
+    classes = val_targets.classes.numpy()
+    known = classes >= 0
+    try:
+        probe = fit_logistic(train, train_targets.classes.numpy())
+        if known.any():
+            predicted = probe.predict(val[known])
+            found["balanced_accuracy"] = balanced_accuracy(classes[known], predicted)
+            found["accuracy"] = accuracy(classes[known], predicted)
+            precision, recall, f1, _ = precision_recall_fscore_support(
+                classes[known], predicted, labels=probe.labels, zero_division=0.0
+            )
+            found |= {"recall": recall.tolist(), "precision": precision.tolist(), "f1": f1.tolist()}
+    except ProbeError as error:
+        logger.warning("validation: %s", error)
+    try:
+        durations, events = train_targets.durations.numpy(), train_targets.events.numpy()
+        cox = fit_cox(train, durations, events, COX_PENALTY)
+        if len(val):
+            index = cox.c_index(val, val_targets.durations.numpy(), val_targets.events.numpy())
+            found["c_index"] = index if np.isfinite(index) else None
+    except ProbeError as error:
+        logger.warning("validation: %s", error)
+    return found
+
+
+def _mean(by_site: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
+    values = [site[name] for site in by_site.values() if site[name] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _site_accuracy(
+    train: Floats, val: Floats, own: npt.NDArray[Any], other: npt.NDArray[Any]
+) -> float | None:
+    if len(val) == 0:
+        return None
+    return balanced_accuracy(other, fit_logistic(train, own).predict(val))
