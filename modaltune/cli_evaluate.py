@@ -30,7 +30,10 @@ MissingGenes = Annotated[
 def evaluate(
     run: RunFolder,
     cases: Annotated[
-        Path | None, typer.Option(help="Cases folder; the one the run was trained on if not set.")
+        list[Path] | None,
+        typer.Option(
+            help="Cases folder; those the run was trained on if not set. Give it again for more."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -93,7 +96,7 @@ def evaluate(
     result = evaluate_run(
         EvaluateRequest(
             run=run,
-            cases=cases,
+            cases=tuple(cases or ()),
             out=out,
             fold=fold,
             seeds=tuple(seeds or ()),
@@ -168,6 +171,14 @@ def predict(
     cases: Annotated[
         Path | None, typer.Option(help="Cases folder, in place of the four above.")
     ] = None,
+    base_mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per level-0 pixel of slides whose features do not say it."),
+    ] = None,
+    target_mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per pixel of tiles whose features do not say it."),
+    ] = None,
     probes: Annotated[
         Path | None, typer.Option(help="Folder of fitted probes; RUN if not set.")
     ] = None,
@@ -192,6 +203,8 @@ def predict(
             expression=expression,
             clinical=clinical,
             cases=cases,
+            base_mpp=base_mpp,
+            target_mpp=target_mpp,
             probes=probes,
             missing_genes=missing_genes,
             device=device,

@@ -1,11 +1,11 @@
-"""From a run folder and a cases folder to embedded cases with their split."""
+"""From a run folder and cases folders to embedded cases with their split."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from modaltune.errors import CohortError, InputError
 from modaltune.evaluation import EmbeddedCases
 from modaltune.gene_scaler import GeneScaler
 from modaltune.preprocessing import Preprocessing
-from modaltune.splits import Split, read_splits
+from modaltune.splits import Split
+from modaltune.train_cases import PooledCases, pool_cases
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,14 @@ class InputOptions:
 
 @dataclass(frozen=True)
 class EvaluatedCases:
-    """A run's embeddings of a cases folder.
+    """A run's embeddings of one or several cases folders.
 
     Attributes:
-        name: Of the run's folder.
+        name: Of the run.
         run: The loaded run.
-        folder: The cases folder.
+        folders: The cases folders.
         split: Parts of the cases.
-        is_own: The folder and split that the run was trained on.
+        is_own: The folders and split that the run was trained on.
         cases: The embeddings.
         modalities: Case -> what its embedding is made of.
         key: What the embeddings were made from.
@@ -67,12 +68,30 @@ class EvaluatedCases:
 
     name: str
     run: Run
-    folder: CasesFolder
+    folders: tuple[CasesFolder, ...]
     split: Split
     is_own: bool
     cases: EmbeddedCases
     modalities: dict[str, tuple[str, ...]]
     key: dict[str, Any]
+
+    @property
+    def cases_name(self) -> str:
+        """The names of the cases folders."""
+        return "+".join(folder.path.resolve().name for folder in self.folders)
+
+    @property
+    def cases_sha256(self) -> str:
+        """What tells these cases from others: the folders' hash, or the hash of several."""
+        return cases_sha256(self.folders)
+
+
+def cases_sha256(folders: Sequence[CasesFolder]) -> str:
+    """Return the hash of a cases folder's content, or one of several folders, in any order."""
+    digests = sorted(folder.sha256 for folder in folders)
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def run_split(run_folder: Path) -> Split | None:
@@ -80,58 +99,67 @@ def run_split(run_folder: Path) -> Split | None:
     path = run_folder / SPLIT
     if not path.is_file():
         return None
-    state = json.loads(path.read_text(encoding="utf-8"))
-    if "folds" in state:
-        return read_splits(path)[0]
-    return Split.from_dict(state.get("split", state))
+    return Split.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def find_cases(run_folder: Path, run: Run, cases: Path | None) -> CasesFolder:
-    """Open the cases folder given, or the one that the run was trained on.
+def find_cases(run_folder: Path, run: Run, cases: Sequence[Path]) -> tuple[CasesFolder, ...]:
+    """Open the cases folders given, or those that the run was trained on.
 
     Raises:
         InputError: The run does not say which cases it was trained on.
-        CohortError: The folder is gone or changed.
+        CohortError: A folder is gone or changed.
     """
     recorded = run.info.get("cases")
-    if cases is None and not isinstance(recorded, dict):
+    if not cases and not recorded:
         raise InputError(
             f"--cases must be given, since run {run_folder} does not say which cases it was "
             "trained on, got none; build a cases folder with: modaltune cases build"
         )
-    return CasesFolder.open(cases if cases is not None else recorded["path"])  # type: ignore[index]
+    paths = cases or [source["path"] for source in recorded or ()]
+    return tuple(CasesFolder.open(path) for path in paths)
 
 
-def choose_split(run_folder: Path, run: Run, folder: CasesFolder, fold: int | None) -> Split:
-    """Return the run's own split of its own cases, else a fold of the cases folder.
+def is_own_cases(run: Run, folders: Sequence[CasesFolder]) -> bool:
+    """Tell whether these are the cases that a run was trained on, by their content."""
+    recorded = {source["sha256"] for source in run.info.get("cases") or ()}
+    return recorded == {folder.sha256 for folder in folders}
+
+
+def _choose(
+    run_folder: Path, run: Run, folders: Sequence[CasesFolder], fold: int | None
+) -> PooledCases:
+    """Pool the folders, with the run's own split of its own cases, else a fold of the folders.
 
     Raises:
         CohortError: There is no such fold, or training cases of the run would be judged.
     """
     own = run_split(run_folder)
-    if own is not None and is_own_cases(run, folder) and fold is None:
-        return own
-    split = folder.split(0 if fold is None else fold)
-    if own is not None:
-        seen = set(own.train) & {*split.val, *split.test}
-        if seen:
-            raise CohortError(
-                f"validation and test cases must be new to run {run_folder}, got {len(seen)} that "
-                "it was trained on; leave --fold out to use the run's own split"
-            )
-    return split
+    pooled = pool_cases(folders, 0 if fold is None else fold)
+    if own is not None and is_own_cases(run, folders) and fold is None:
+        return replace(pooled, split=own)
+    seen = set() if own is None else set(own.train) & {*pooled.split.val, *pooled.split.test}
+    if seen:
+        raise CohortError(
+            f"validation and test cases must be new to run {run_folder}, got {len(seen)} that "
+            "it was trained on; leave --fold out to use the run's own split"
+        )
+    return pooled
 
 
-def is_own_cases(run: Run, folder: CasesFolder) -> bool:
-    """Tell whether these are the cases that a run was trained on, by their content."""
-    recorded = run.info.get("cases")
-    return isinstance(recorded, dict) and recorded.get("sha256") == folder.sha256
+def with_sites(pooled: PooledCases, folders: Sequence[CasesFolder]) -> pd.DataFrame:
+    """Return the clinical rows; where folders are several, a folder is a site for want of one."""
+    clinical = pooled.clinical
+    if len(folders) < 2:
+        return clinical
+    names = [folders[pooled.site[str(case)]].path.resolve().name for case in clinical.index]
+    own = pd.Series(names, index=clinical.index)
+    return clinical.assign(site=clinical["site"].where(clinical["site"].notna(), own))
 
 
 def embed_cases(
     run_folder: Path,
     *,
-    cases: Path | None = None,
+    cases: Sequence[Path] = (),
     fold: int | None = None,
     device: str = "cpu",
     options: InputOptions | None = None,
@@ -139,11 +167,13 @@ def embed_cases(
     progress: Progress | None = None,
     name: str | None = None,
 ) -> EvaluatedCases:
-    """Embed every case of a cases folder that holds something the run can read.
+    """Embed every case of one or several cases folders that holds something the run can read.
+
+    All tiles of a case are used, whatever limit the run was trained with.
 
     Args:
         run_folder: The trained run.
-        cases: The cases folder; the run's own by default.
+        cases: The cases folders; the run's own by default.
         fold: Of the cases folder; the run's own split by default.
         device: cpu or cuda.
         options: For cohorts that the run was not trained on.
@@ -157,11 +187,11 @@ def embed_cases(
     """
     chosen = options or InputOptions()
     run = load_run(run_folder, device=device)
-    folder = find_cases(run_folder, run, cases)
-    split = choose_split(run_folder, run, folder, fold)
+    folders = find_cases(run_folder, run, cases)
+    pooled = _choose(run_folder, run, folders, fold)
     key = {
         "weights_sha256": file_sha256(run_folder / WEIGHTS),
-        "cases_sha256": folder.sha256,
+        "cases_sha256": cases_sha256(folders),
         **vars(chosen),
         "scaled_by_fold": fold if chosen.genes_scaled_by == "cases" else None,
     }
@@ -169,7 +199,7 @@ def embed_cases(
     kept = None if cache is None else cache / f"{digest[:16]}.parquet"
     table = _reusable(kept, key)
     if table is None:
-        ready, cohort = _prepared(run.preprocessing, folder, split, chosen)
+        ready, cohort = _prepared(run.preprocessing, pooled, chosen)
         told = replace(run, preprocessing=ready, info={**run.info, "embedded": key})
         embedded = embed_cohort(told, cohort, on_case=progress)
         ids = tuple(case.case_id for case in embedded.cases)
@@ -179,10 +209,18 @@ def embed_cases(
         used = {case.case_id: tuple(case_modalities(case)) for case in embedded.cases}
     else:
         ids, tasks, values, used = table
-    embeddings = EmbeddedCases(ids, np.asarray(values), tuple(tasks), folder.clinical)
-    is_own = is_own_cases(run, folder) and split == run_split(run_folder)
+    clinical = with_sites(pooled, folders)
+    embeddings = EmbeddedCases(ids, np.asarray(values), tuple(tasks), clinical)
+    is_own = is_own_cases(run, folders) and pooled.split == run_split(run_folder)
     return EvaluatedCases(
-        name or run_folder.resolve().name, run, folder, split, is_own, embeddings, used, key
+        name or run_folder.resolve().name,
+        run,
+        folders,
+        pooled.split,
+        is_own,
+        embeddings,
+        used,
+        key,
     )
 
 
@@ -199,17 +237,17 @@ def _reusable(path: Path | None, key: dict[str, Any]) -> Any:
 
 
 def _prepared(
-    ready: Preprocessing, folder: CasesFolder, split: Split, options: InputOptions
+    ready: Preprocessing, pooled: PooledCases, options: InputOptions
 ) -> tuple[Preprocessing, Cohort]:
     """Return preprocessing and cohort as the options want them."""
-    cohort, expression = folder.cohort, folder.expression
+    cohort, expression = pooled.cohort, pooled.cohort.expression
     if ready.genes is None or expression is None:
         return ready, cohort
     if options.missing_genes == "mean":
         expression = fill_missing_genes(expression, ready.genes)
         cohort = replace(cohort, expression=expression)
     if options.genes_scaled_by == "cases":
-        own = [case for case in split.train if case in expression.index]
+        own = [case for case in pooled.split.train if case in expression.index]
         genes = GeneScaler.fit(
             expression.loc[own, list(ready.genes.genes)],
             ready.genes.clip_quantiles,

@@ -55,6 +55,8 @@ class PredictRequest:
     expression: Path | None = None
     clinical: Path | None = None
     cases: Path | None = None
+    base_mpp: float | None = None
+    target_mpp: float | None = None
     probes: Path | None = None
     missing_genes: MissingGenes = "error"
     device: str = "cpu"
@@ -269,7 +271,7 @@ def _slides(
     def tell(reason: str, slides: Sequence[str]) -> None:
         logger.warning("%d slides left out, %s: %s", len(slides), reason, name_few(slides))
 
-    table = assign_slides(files, None, told, tell)
+    table = assign_slides(files, None, told, tell, request.base_mpp, request.target_mpp)
     if files and table.empty:
         raise CohortError(
             f"features must belong to cases, got {len(files)} files of none; name their cases with "
@@ -282,8 +284,11 @@ def _slides(
         path = Path(row["root"]) / row["features"]
         found[row["case_id"]] = (*found.get(row["case_id"], ()), path)
         if row["producer"] != "modaltune":
-            mpp = None if pd.isna(row["base_mpp"]) else float(row["base_mpp"])
-            reading[path] = SlideReading(base_mpp=mpp, encoder=row["encoder"])
+            base, target = (
+                None if pd.isna(row[name]) else float(row[name])
+                for name in ("base_mpp", "target_mpp")
+            )
+            reading[path] = SlideReading(base, target, row["encoder"])
     return found, reading
 
 

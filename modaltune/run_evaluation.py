@@ -45,7 +45,7 @@ class EvaluateRequest:
     """What `modaltune evaluate` was asked for; see its help."""
 
     run: Path
-    cases: Path | None = None
+    cases: tuple[Path, ...] = ()
     out: Path | None = None
     fold: int | None = None
     seeds: tuple[Path, ...] = ()
@@ -124,7 +124,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 def default_folder(run_folder: Path, main: EvaluatedCases) -> Path:
     """Return RUN/evaluation, or for other cases than the run's RUN/evaluation-<cases folder>."""
-    own = "evaluation" if main.is_own else f"evaluation-{main.folder.path.resolve().name}"
+    own = "evaluation" if main.is_own else f"evaluation-{main.cases_name}"
     return run_folder / own
 
 
@@ -161,7 +161,7 @@ def _embedded(
 
 def _check_unseen(main: EvaluatedCases, other: EvaluatedCases, path: Path) -> None:
     """Refuse a run that would be judged on cases it was trained on, or on other cases."""
-    if other.folder.sha256 != main.folder.sha256:
+    if other.cases_sha256 != main.cases_sha256:
         raise CohortError(
             f"runs must be evaluated on the same cases, got another cases folder for {path}; give "
             "--cases"
@@ -185,7 +185,7 @@ def _rival(
     """Evaluate another run, or a table of predictions, on the cases of the main run."""
     if path.suffix in TABLES:
         said = read_predictions(path)
-        return evaluate_predictions(said, main.folder.clinical, main.split, name=names[path])
+        return evaluate_predictions(said, main.cases.clinical, main.split, name=names[path])
     other = _embedded(request, path, names, progress)
     _check_unseen(main, other, path)
     return _evaluated(request, other, main, None)
@@ -201,8 +201,8 @@ def _probes(
         return fitted, ()
     info = {
         "weights_sha256": main.key["weights_sha256"],
-        "cases_sha256": main.folder.sha256,
-        "cases": main.folder.path.name,
+        "cases_sha256": main.cases_sha256,
+        "cases": main.cases_name,
         "penalizer": request.penalizer,
         "software_version": importlib.metadata.version("modaltune"),
     }
@@ -293,8 +293,8 @@ def _write(
 
 def class_names(main: EvaluatedCases) -> tuple[str, ...]:
     """Return the names of the classes, as far as the cases folder knows them."""
-    known = main.folder.description.get("classes")
-    if not isinstance(known, dict) or len(known) != 1:
+    known = main.folders[0].description.get("classes")
+    if not isinstance(known, dict) or len(known) != 1 or len(main.folders) > 1:
         return ()
     names = next(iter(known.values()))
     if not isinstance(names, dict):
@@ -322,8 +322,8 @@ def _summary(
     parts = {part: len(cases) for part, cases in main.split.parts.items()}
     return {
         "run": main.name,
-        "cases": main.folder.path.name,
-        "cases_sha256": main.folder.sha256,
+        "cases": main.cases_name,
+        "cases_sha256": main.cases_sha256,
         "own_cases": main.is_own,
         "probes": request.probes,
         "penalizer": request.penalizer,

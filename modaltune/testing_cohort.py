@@ -14,11 +14,12 @@ import torch
 
 from modaltune.adapter import AdapterConfig
 from modaltune.cases_folder import CasesContent, CasesFolder, write_cases_folder
-from modaltune.cases_join import empty_clinical
+from modaltune.cases_join import SlideTable, assign_slides, empty_clinical
 from modaltune.checkpoint import Run, save_run
 from modaltune.config import ModalTuneConfig
 from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem
+from modaltune.engine.feature_index import index_features
 from modaltune.fitting import fit_preprocessing
 from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
@@ -56,26 +57,26 @@ def small_cohort(
     clinical.loc[ids[7::20], ["survival_months", "event"]] = np.nan
     order = list(rng.permutation(ids))
     train, val, test = np.split(np.array(order), [int(0.55 * cases), int(0.7 * cases)])
-    rows = [_slide(folder.parent / f"{folder.name}-features", case) for case in ids[::2]]
+    slides = _slides(folder.parent / f"{folder.name}-features", ids[::2])
     content = CasesContent(
         clinical=clinical,
         expression=genes.drop(index=ids[::15]),
         pathways=PathwayTable(("p", "q"), (GENES[:3], GENES[2:])),
-        slides=pd.DataFrame(rows),
+        slides=slides,
         splits=[Split(tuple(train), tuple(val), tuple(test))],
     )
     return write_cases_folder(folder, content)
 
 
-def _slide(folder: Path, case: str) -> dict[str, object]:
-    name = f"{case}-S"
-    path = small_features(folder / f"{name}.h5", SlideItem(Path(name), name, case, None),
-                          width=FEATURE_WIDTH)  # fmt: skip
-    return {
-        "case_id": case, "slide": name, "root": str(folder.absolute()), "features": path.name,
-        "producer": "modaltune", "encoder": "small", "tiles": 3, "width": FEATURE_WIDTH,
-        "base_mpp": 0.5,
-    }  # fmt: skip
+def _slides(folder: Path, cases: list[str]) -> pd.DataFrame:
+    """Write a slide's features per case and return their rows of `slides.parquet`."""
+    for case in cases:
+        name = f"{case}-S"
+        item = SlideItem(Path(name), name, case, None)
+        small_features(folder / f"{name}.h5", item, width=FEATURE_WIDTH)
+    files = [(folder, file) for file in index_features(folder).files]
+    told = SlideTable({f"{case}-S": case for case in cases}, {})
+    return assign_slides(files, None, told, lambda reason, slides: None)
 
 
 def small_run(folder: Path, cases: CasesFolder, *, seed: int = 0) -> Path:
@@ -99,7 +100,7 @@ def small_run(folder: Path, cases: CasesFolder, *, seed: int = 0) -> Path:
         gene_index=None if pathways is None else pathways.indices,
         gene_offsets=None if pathways is None else pathways.offsets,
     )
-    info = {"cases": {"path": str(cases.path), "sha256": cases.sha256}, "seed": seed}
+    info = {"cases": [{"path": str(cases.path), "sha256": cases.sha256, "fold": 0}], "seed": seed}
     save_run(folder, Run(model.eval(), ready, info=info))
     write_json_atomic(folder / "split.json", split.to_dict())
     return folder

@@ -156,13 +156,13 @@ def test_another_cohort(study: Study) -> None:
     """Its own probes by default, or everything fitted on the first cohort."""
     _evaluate(study)
     before = (study.runs[0] / "probes.json").read_bytes()
-    found = _evaluate(study, cases=study.other.path)
+    found = _evaluate(study, cases=(study.other.path,))
     out = study.runs[0] / "evaluation-bladder"
     assert out / "scores.csv" in found.written
     assert load_probes(out).sites == ("bladder",)
     assert (study.runs[0] / "probes.json").read_bytes() == before
     assert not found.summary["own_cases"]
-    first = _evaluate(study, cases=study.other.path, probes="run")
+    first = _evaluate(study, cases=(study.other.path,), probes="run")
     row = _one(first.scores, split="test", task="general", metric="auroc")
     assert row["n"] == 0
     assert "class of another site" in row["left_out"]
@@ -172,10 +172,22 @@ def test_another_cohort(study: Study) -> None:
     assert other["value"] != own["value"]
 
 
+def test_several_folders_are_several_sites(study: Study, tmp_path: Path) -> None:
+    """A run of two cohorts: probes per site and pooled, and a classifier of the site."""
+    folders = (study.cases.path, study.other.path)
+    found = _evaluate(study, cases=folders, out=tmp_path)
+    assert load_probes(tmp_path).sites == ("bladder", "breast")
+    scopes = set(found.scores["scope"])
+    assert scopes == {"pooled", "bladder", "breast", "mean of sites"}
+    again = embed_cases(study.runs[0], cases=folders[::-1])
+    assert again.cases_sha256 == found.summary["cases_sha256"]
+    assert len(again.split.test) == len(study.cases.split().test) + len(study.other.split().test)
+
+
 def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:
-    by_run = embed_cases(study.runs[0], cases=study.other.path)
+    by_run = embed_cases(study.runs[0], cases=(study.other.path,))
     scaled = InputOptions(genes_scaled_by="cases")
-    by_cases = embed_cases(study.runs[0], cases=study.other.path, options=scaled)
+    by_cases = embed_cases(study.runs[0], cases=(study.other.path,), options=scaled)
     assert not np.allclose(by_run.cases.embeddings, by_cases.cases.embeddings)
     # Scaling knows the training part only: other values of a test case move that case alone.
     moved = tmp_path / "moved"
@@ -190,7 +202,7 @@ def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:
     described["files"]["expression.parquet"] = file_sha256(moved / "expression.parquet")
     (moved / "cases.json").write_text(json.dumps(described))
     assert folder.path == moved
-    changed = embed_cases(study.runs[0], cases=moved, options=scaled)
+    changed = embed_cases(study.runs[0], cases=(moved,), options=scaled)
     differs = np.abs(changed.cases.embeddings - by_cases.cases.embeddings).max((1, 2)) > 1e-7
     assert [c for c, d in zip(changed.cases.case_ids, differs, strict=True) if d] == [case]
 
@@ -206,8 +218,10 @@ def test_genes_that_the_other_table_lacks(study: Study, tmp_path: Path) -> None:
     described["files"]["expression.parquet"] = file_sha256(lacking / "expression.parquet")
     (lacking / "cases.json").write_text(json.dumps(described))
     with pytest.raises(CohortError, match=r"1 missing \(G4\)"):
-        embed_cases(study.runs[0], cases=lacking)
-    filled = embed_cases(study.runs[0], cases=lacking, options=InputOptions(missing_genes="mean"))
+        embed_cases(study.runs[0], cases=(lacking,))
+    filled = embed_cases(
+        study.runs[0], cases=(lacking,), options=InputOptions(missing_genes="mean")
+    )
     assert len(filled.cases.case_ids) > 60
 
 
