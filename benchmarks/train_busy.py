@@ -27,10 +27,22 @@ from modaltune.benchmarks.harness import (
     timestamp,
 )
 from modaltune.engine.errors import InputError
+from modaltune.run_config import RunConfig
 
 CSV_NAME = "train_busy.csv"
 WIDTH = 1536
 LEAST_BUSY = 0.95
+# A model small enough for two cores, each case a step, every tile read.
+_SETS = (
+    "training.cases_per_step=1",
+    "training.validate_every=1000",
+    "model.slide_encoder.width=96",
+    "model.slide_encoder.depth=2",
+    "model.slide_encoder.ffn_width=192",
+    "model.adapter.heads=4",
+    "model.adapter.interactions=[[0, 0], [1, 1]]",
+    "inputs.tile_limit=all",
+)
 
 
 def evict(folder: Path) -> None:
@@ -59,22 +71,10 @@ def measure(folder: Path, cases: int, tiles: int, epochs: int = 2) -> dict[str, 
     import torch
 
     from modaltune.testing_training import tiny_run_config, write_training_cases
-    from modaltune.train_prepare import prepare
     from modaltune.train_run import run_training
 
     folders = write_training_cases(folder, parts=(cases, 2, 0), width=WIDTH, tiles=(tiles, tiles))
-    sets = (
-        f"training.epochs={epochs}",
-        "training.cases_per_step=1",
-        "training.validate_every=1000",
-        "model.slide_encoder.width=96",
-        "model.slide_encoder.depth=2",
-        "model.slide_encoder.ffn_width=192",
-        "model.adapter.heads=4",
-        "model.adapter.interactions=[[0, 0], [1, 1]]",
-        "inputs.tile_limit=all",
-    )
-    config = tiny_run_config([folders], folder / "run", *sets)
+    config = tiny_run_config([folders], folder / "run", f"training.epochs={epochs}", *_SETS)
     evict(folder / "features")
     run_training(config)
     records = [
@@ -85,12 +85,7 @@ def measure(folder: Path, cases: int, tiles: int, epochs: int = 2) -> dict[str, 
     if not losses[-1] < losses[0]:
         raise InputError(f"the loss must fall before a loop is timed, got {losses}")
     end = next(record for record in records if record["kind"] == "end")
-    ready = prepare(config).train
-    evict(folder / "features")
-    begun = time.perf_counter()
-    for index in range(len(ready)):
-        ready.batch([index])
-    load_s = time.perf_counter() - begun
+    load_s = _load_alone(config, folder)
     wall = end["compute_s"] + end["waited_s"] + end["other_s"]
     return {
         "cases": cases,
@@ -109,6 +104,18 @@ def measure(folder: Path, cases: int, tiles: int, epochs: int = 2) -> dict[str, 
         # Had every batch been read between two steps: the first epoch cold, later ones as cold.
         "busy_reading_between": round(end["compute_s"] / (wall + epochs * load_s), 4),
     }
+
+
+def _load_alone(config: RunConfig, folder: Path) -> float:
+    """Return the seconds that reading every training case takes, cold."""
+    from modaltune.train_prepare import prepare
+
+    ready = prepare(config).train
+    evict(folder / "features")
+    begun = time.perf_counter()
+    for index in range(len(ready)):
+        ready.batch([index])
+    return time.perf_counter() - begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

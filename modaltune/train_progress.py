@@ -81,5 +81,6 @@ class TrainProgress:
     def stop(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
+            self.say("")
             self._bar.stop()
             self._bar = None
