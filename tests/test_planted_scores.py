@@ -103,7 +103,7 @@ def test_what_was_predicted_is_not_trained_again(
     out, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
     out.mkdir()
-    key = {"cohort_seed": 0, "shuffled": False, "settings": "epochs=3"}
+    key = {"cohort_seed": 1, "shuffled": False, "settings": "epochs=3"}
     for number, name in enumerate(("modaltune", "abmil")):
         state = made(0.3 + number, number, cases=400)[1].state(key)
         (out / f"{name}-0.json").write_text(json.dumps(state), encoding="utf-8")
@@ -115,5 +115,7 @@ def test_what_was_predicted_is_not_trained_again(
     assert [row["metric"] for row in rows] == ["balanced_accuracy", "c_index"]
     assert not (results / benchmark.CSV_NAME).exists()
     assert len(capsys.readouterr().out.splitlines()) == 2
+    assert benchmark.main([*given, "--plant", "grade=3"]) == 1
+    assert "--plant must set fields of PlantedConfig, got grade" in capsys.readouterr().err
     assert benchmark.main([*given, "--shuffled"]) == 1
     assert "give another --out" in capsys.readouterr().err
