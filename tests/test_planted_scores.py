@@ -96,6 +96,28 @@ def test_every_model_trains_and_predicts_on_a_tiny_cohort() -> None:
         assert cost["seconds_per_epoch"] >= 0
 
 
+@pytest.mark.slow
+def test_with_labels_dealt_out_anew_models_are_at_chance() -> None:
+    """The same cases: a model learns what was planted, and nothing from shuffled labels."""
+    config = load_run_config(preset="small", sets=["training.warmup_epochs=1"])
+    sizes = {"num_train": 100, "num_test": 200, "min_tiles": 40, "max_tiles": 60}
+    found = {}
+    for shuffled in (True, False):
+        planted = PlantedConfig(**sizes, pattern_share=0.2, shuffle_labels=shuffled)
+        study = benchmark.make_study(planted, config)
+        names = ("late_fusion", "modaltune_shared") if shuffled else ("late_fusion",)
+        for name in names:
+            epochs = 12 if name == "late_fusion" else 3
+            predictions, _ = benchmark.train_model(study, name, config, seed=0, epochs=epochs)
+            for metric in ("balanced_accuracy", "c_index"):
+                found[name, shuffled, metric] = interval(metric, study.test_targets, [predictions])
+    for (_, shuffled, metric), score in found.items():
+        if shuffled:  # three standard errors of 200 cases, of which half can be compared
+            assert score[""] == pytest.approx(0.5, abs=0.12), metric
+        else:
+            assert score["_low"] > 0.5, metric
+
+
 def test_what_was_predicted_is_not_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +125,7 @@ def test_what_was_predicted_is_not_trained_again(
     out, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
     out.mkdir()
-    key = {"cohort_seed": 0, "shuffled": False, "settings": "epochs=3"}
+    key = {"cohort_seed": 1, "shuffled": False, "settings": "epochs=3"}
     for number, name in enumerate(("modaltune", "abmil")):
         state = made(0.3 + number, number, cases=400)[1].state(key)
         (out / f"{name}-0.json").write_text(json.dumps(state), encoding="utf-8")
@@ -115,5 +137,7 @@ def test_what_was_predicted_is_not_trained_again(
     assert [row["metric"] for row in rows] == ["balanced_accuracy", "c_index"]
     assert not (results / benchmark.CSV_NAME).exists()
     assert len(capsys.readouterr().out.splitlines()) == 2
+    assert benchmark.main([*given, "--plant", "grade=3"]) == 1
+    assert "--plant must set fields of PlantedConfig, got grade" in capsys.readouterr().err
     assert benchmark.main([*given, "--shuffled"]) == 1
     assert "give another --out" in capsys.readouterr().err
