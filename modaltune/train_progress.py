@@ -51,11 +51,12 @@ class TrainProgress:
         if self._bar is None or self._task is None:
             return
         rates = clock.rates()
-        said = (
-            f"loss {loss:.4g}  {rates['slides_per_s']:.3g} slides/s  "
-            f"{rates['tiles_per_s']:,.0f} tiles/s  {memory / 1024:.1f} GiB  "
-            f"busy {rates['busy']:.0%}"
+        done = (
+            f"{rates['slides_per_s']:.3g} slides/s  {rates['tiles_per_s']:,.0f} tiles/s"
+            if clock.slides
+            else f"{rates['cases_per_s']:.3g} cases/s"
         )
+        said = f"loss {loss:.4g}  {done}  {memory / 1024:.1f} GiB  busy {rates['busy']:.0%}"
         self._bar.update(self._task, completed=steps, said=said)
 
     def say(self, text: str) -> None:
