@@ -93,8 +93,9 @@ class Outcome:
 
 def sides(pythons: dict[str, str], encoders: Sequence[str] = ENCODERS) -> list[Side]:
     """Return ours, and the rivals whose environments are given, with some kinds of encoder."""
-    found = [Side(OURS, encoder, sys.executable) for encoder in ("session", "null")]
-    return found + [
+    ours = ["session"] if {"torch", "session"} & set(encoders) else []
+    ours += ["null"] if "null" in encoders else []
+    return [Side(OURS, encoder, sys.executable) for encoder in ours] + [
         Side(tool, encoder, pythons[tool])
         for tool in RIVALS
         if tool in pythons
