@@ -38,6 +38,7 @@ from modaltune.engine.errors import InputError
 CSV_NAME = "end_to_end.csv"
 OURS = "modaltune"
 RIVALS = ("slide2vec", "lazyslide")
+ENCODERS = ("torch", "session", "null")
 # How many times as fast as a rival we aim to be, by its encoder: the whole command, or where no
 # user runs such a command, the second slide.
 BARS = {
@@ -90,14 +91,15 @@ class Outcome:
     features: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
 
 
-def sides(pythons: dict[str, str]) -> list[Side]:
-    """Return ours, and the rivals whose environments are given."""
-    found = [Side(OURS, encoder, sys.executable) for encoder in ("session", "null")]
-    return found + [
+def sides(pythons: dict[str, str], encoders: Sequence[str] = ENCODERS) -> list[Side]:
+    """Return ours, and the rivals whose environments are given, with some kinds of encoder."""
+    ours = ["session"] if {"torch", "session"} & set(encoders) else []
+    ours += ["null"] if "null" in encoders else []
+    return [Side(OURS, encoder, sys.executable) for encoder in ours] + [
         Side(tool, encoder, pythons[tool])
         for tool in RIVALS
         if tool in pythons
-        for encoder in ("torch", "session", "null")
+        for encoder in encoders
     ]
 
 
@@ -138,8 +140,9 @@ def _run(side: Side, words: list[str], folder: Path, check: bool) -> Finished:
     """
     log = folder / "log"
     finished = run_measured(
-        words, log=log, environment=_environment(side), watch_s=_WATCH_S if check else None
-    )
+        words, log=log, environment=_environment(side), folder=folder,
+        watch_s=_WATCH_S if check else None,
+    )  # fmt: skip
     if finished.code:
         said = " ".join(log.read_text(errors="replace").split())[-300:]
         raise InputError(f"{side.name} must end with status 0, got {finished.code}: {said}")
@@ -337,6 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("slide", nargs="?", type=Path, help="H&E slide to take tissue from")
     for tool in RIVALS:
         parser.add_argument(f"--{tool}", metavar="PYTHON", help="python of its environment")
+    parser.add_argument(
+        "--encoder", action="append", choices=ENCODERS, help="only these inside rivals"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--results", type=Path, help=f"folder of {CSV_NAME}")
@@ -346,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = results_folder(options.results)
         place = prepare(default_folder(), options.slide or default_source())
-        found = measure(sides(pythons), place, options.rounds)
+        found = measure(sides(pythons, options.encoder or ENCODERS), place, options.rounds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -65,6 +65,7 @@ def run_measured(
     *,
     log: Path,
     environment: Mapping[str, str],
+    folder: Path | None = None,
     watch_s: float | None = None,
     timeout_s: float = 900.0,
 ) -> Finished:
@@ -74,6 +75,7 @@ def run_measured(
         words: The command.
         log: File that its output goes to.
         environment: Its environment.
+        folder: Where it runs; None for here.
         watch_s: Seconds between two looks at its memory; None looks at none, which costs nothing.
         timeout_s: Seconds after which it is ended.
 
@@ -85,8 +87,9 @@ def run_measured(
     with log.open("wb") as out:
         start = time.monotonic()
         process = subprocess.Popen(
-            list(words), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment)
-        )
+            list(words), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment),
+            cwd=folder,
+        )  # fmt: skip
         timer = threading.Timer(timeout_s, process.kill)
         timer.start()
 

@@ -329,12 +329,14 @@ class Dispatcher(threading.Thread):
             self._start_worker()
 
     def _assign(self) -> None:
-        """Hand out jobs, to the least busy worker first.
+        """Hand out jobs, to the least busy worker first, and surveys to one that has done some.
 
-        A survey takes long: nothing waits behind one, nor does one wait behind anything.
+        A survey takes long: nothing waits behind one, nor does one wait behind anything. A worker's
+        first takes half a second more.
         """
+        workers = sorted(self._workers, key=lambda worker: not worker.has_surveyed)
         for depth in range(_DEPTH):
-            for worker in self._workers:
+            for worker in workers:
                 if not worker.is_ready or len(worker.jobs) != depth:
                     continue
                 if all(isinstance(given.job, DecodeJob) for given in worker.jobs):

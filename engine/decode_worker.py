@@ -52,6 +52,7 @@ class Worker(Generic[T]):
     def __init__(self, shared: SharedTiles, device: str, warm_up: str | None = None) -> None:
         self.jobs: deque[Assigned[T]] = deque()
         self.is_ready = False
+        self.has_surveyed = warm_up is not None  # so it has loaded what that takes
         self.since = time.monotonic()  # when it started, or began its first job
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _RECEIVE_S, 0))
@@ -89,6 +90,7 @@ class Worker(Generic[T]):
         """Hand over a job; a worker that is gone shows when its reply is asked for."""
         if not self.jobs:
             self.since = time.monotonic()
+        self.has_surveyed |= isinstance(assigned.job, SurveyJob)
         self.jobs.append(assigned)
         with contextlib.suppress(OSError):
             self.connection.send(assigned.job)

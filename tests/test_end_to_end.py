@@ -117,6 +117,17 @@ def rows_of(tmp_path: Path, slower: float) -> list[dict[str, Any]]:
     return end_to_end.rows(checked, times, place_in(tmp_path), 0.5)
 
 
+def test_sides_are_those_asked_for() -> None:
+    def names(pythons: dict[str, str], *encoders: str) -> list[str]:
+        return [side.name for side in end_to_end.sides(pythons, encoders)]
+
+    assert names({}, "null") == ["modaltune null"]
+    both = {"slide2vec": "a", "lazyslide": "b"}
+    assert names(both, "null") == ["modaltune null", "slide2vec null", "lazyslide null"]
+    assert names({"lazyslide": "b"}, "torch") == ["modaltune session", "lazyslide torch"]
+    assert len(names(both, *end_to_end.ENCODERS)) == 8
+
+
 def test_rows_bars_and_picture(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 2.0)
     assert len(rows) == 8

@@ -271,6 +271,19 @@ def test_a_decoder_may_run_before_the_stream(slides: list[Path]) -> None:
         SlideStream(source, CornerEncoder(), OPTIONS, decoder=other)
 
 
+def test_slides_one_by_one_are_surveyed_by_one_worker(slides: list[Path]) -> None:
+    """A worker that has found tissue once does so again; the others need not load what it takes."""
+    source = Waiting(slides[:4])
+    decoder = TileDecoder(OPTIONS.decode)
+    with SlideStream(source, CornerEncoder(), OPTIONS, decoder=decoder) as stream:
+        for done in range(4):
+            assert next(stream).status == "done"
+            if done == 3:
+                assert len(decoder.pids) == 2
+                assert sum(map(has_numba, decoder.pids)) == 1
+            source.done += 1
+
+
 def test_a_command_without_its_encoder_leaves_no_decoder(
     tmp_path: Path, slides: list[Path]
 ) -> None:
