@@ -128,17 +128,16 @@ def _as_json(result: EvaluateResult) -> dict[str, Any]:
 
 
 def _render(result: EvaluateResult) -> None:
-    from modaltune.console_tables import frame_tables
+    from modaltune.console_tables import frame_table, headline_tables
     from modaltune.evaluation_tables import HEADLINES
 
-    for table in frame_tables(result.headline, "Test cases", key=("run", "task", "scope")):
+    for table in headline_tables(result.headline):
         out_console.print(table)
     if not result.comparison.empty:
         shown = result.comparison
         shown = shown[(shown["split"] == "test") & shown["metric"].isin(HEADLINES)]
         columns = ["first", "second", "task", "metric", "difference", "low", "high", "p_bootstrap"]
-        for table in frame_tables(shown[columns], "First minus second, test cases", key=()):
-            out_console.print(table)
+        out_console.print(frame_table(shown[columns], "First minus second, test cases"))
     if result.summary["random_backbone"]:
         out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     for part, missing in result.summary["without_embedding"].items():

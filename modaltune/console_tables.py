@@ -24,7 +24,6 @@ STATUS_STYLE = {
     "running": "cyan",
     "pending": "dim",
 }
-_VALUE_COLUMNS = 5  # of a wide table, beside what names its rows
 LEASE_STYLE = {"alive": "green", "gone": "yellow", "expired": "yellow"}
 
 
@@ -159,15 +158,21 @@ def _problem_table(one: SetStatus, most: int) -> Table:
     return table
 
 
-def frame_tables(frame: pd.DataFrame, title: str, key: Sequence[str]) -> Iterator[Table]:
-    """Return a data frame as narrow tables: the key columns and some of the others each."""
-    values = [name for name in frame.columns if name not in key]
-    step = _VALUE_COLUMNS if key else len(values)
-    for first in range(0, len(values), step or 1):
-        shown = [*key, *values[first : first + step]]
-        table = Table(title=escape(title), title_justify="left")
-        for name in shown:
-            table.add_column(escape(str(name).replace("_", " ")), overflow="fold")
-        for row in frame[shown].itertuples(index=False):
-            table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
-        yield table
+def frame_table(frame: pd.DataFrame, title: str) -> Table:
+    """Return a data frame as a table; fractions get three decimals."""
+    table = Table(title=escape(title), title_justify="left")
+    for name in frame.columns:
+        table.add_column(escape(str(name).replace("_", " ")), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
+    return table
+
+
+def headline_tables(headline: pd.DataFrame) -> Iterator[Table]:
+    """Return the main metrics as a table per run and scope: a row per metric, a column per task."""
+    for (run, scope), rows in headline.groupby(["run", "scope"], sort=False):
+        turned = rows.drop(columns=["run", "scope"]).set_index("task").T
+        kept = turned[(turned != "").any(axis=1)]
+        kept = kept.rename(index=lambda name: str(name).replace("_", " "))
+        place = "" if scope == "pooled" else f", {scope}"
+        yield frame_table(kept.reset_index(names=""), f"{run}{place}: test cases")
