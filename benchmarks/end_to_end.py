@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--results", type=Path, help=f"folder of {CSV_NAME}")
-    parser.add_argument("--plot", type=Path, help="PNG to draw from the rows of this run")
+    parser.add_argument("--plot", type=Path, help="PNG to draw of each side's last row")
     options = parser.parse_args(arguments)
     pythons = {tool: getattr(options, tool) for tool in RIVALS if getattr(options, tool)}
     try:
@@ -364,9 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in missed_bars(found):
         print(f"missed: {line}", file=sys.stderr)
     if options.plot:
-        from modaltune.benchmarks.end_to_end_plot import plot_rows
+        from modaltune.benchmarks.end_to_end_plot import plot_rows, read_rows
 
-        plot_rows(found, options.plot)
+        kept = found if folder is None else read_rows(folder / CSV_NAME)
+        plot_rows(kept, options.plot)
     return 0
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from modaltune.benchmarks import end_to_end, end_to_end_rival
 from modaltune.benchmarks.end_to_end import Checked, Outcome, Side
-from modaltune.benchmarks.end_to_end_plot import plot_rows
+from modaltune.benchmarks.end_to_end_plot import plot_rows, read_rows
 from modaltune.benchmarks.end_to_end_slide import Workplace, densest_window, prepare
+from modaltune.benchmarks.harness import append_row
 from modaltune.benchmarks.process_tree import Finished, memory_mib, run_measured, tree_pids
 from modaltune.engine.errors import InputError
 from modaltune.engine.pyramid import write_pyramid
@@ -144,7 +145,11 @@ def test_rows_bars_and_picture(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "2000 MiB, bar 1536" in said[0]
     assert "command 2.0 x, second slide 2.0 x, processor time 1.0 x; bar 3.0" in said[2]
-    assert plot_rows(rows, tmp_path / "a.png").stat().st_size > 10_000
+    for row in (*rows_of(tmp_path, 3.0), *rows):
+        append_row(tmp_path / "rows.csv", row)
+    last = read_rows(tmp_path / "rows.csv")
+    assert [row["wall_ratio"] for row in last] == [row["wall_ratio"] for row in rows]
+    assert plot_rows(last, tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_a_rival_that_is_not_installed_is_left_out(
