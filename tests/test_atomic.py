@@ -16,6 +16,8 @@ from modaltune.engine.atomic import (
     atomic_folder,
     atomic_path,
     is_temporary,
+    remove_temporaries,
+    temporary_stem,
     write_json_atomic,
 )
 
@@ -100,6 +102,26 @@ def test_killed_between_write_and_rename(tmp_path: Path) -> None:
     assert not final.exists()
     (left,) = tmp_path.iterdir()
     assert is_temporary(left)
+
+
+def test_what_an_ended_process_left_of_one_file_is_removed(tmp_path: Path) -> None:
+    """Not what others write of the same file, nor what it left of others of the same beginning."""
+    code = (
+        "import os, sys\n"
+        "from modaltune.engine.atomic import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as one, atomic_path(sys.argv[2]) as other:\n"
+        "    one.touch(), other.touch(), os._exit(0)\n"
+    )
+    final, longer = tmp_path / "a.png", tmp_path / "a-1.png"
+    writer = subprocess.Popen([sys.executable, "-c", code, str(final), str(longer)])
+    writer.wait()
+    with atomic_path(final) as mine:
+        mine.write_bytes(b"mine")
+        remove_temporaries(tmp_path / "absent" / "a.png", writer.pid)
+        remove_temporaries(final, writer.pid)
+        left = sorted(temporary_stem(path) or "" for path in tmp_path.iterdir())
+    assert left == ["a", "a-1"]
+    assert final.read_bytes() == b"mine"
 
 
 def test_long_names_fit_the_file_system(tmp_path: Path) -> None:
