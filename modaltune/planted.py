@@ -171,6 +171,7 @@ class PlantedCohort:
                         "tiles": len(slide),
                         "width": slide.width,
                         "base_mpp": slide.base_mpp,
+                        "target_mpp": slide.target_mpp,
                     }
                 )
         facts = self.facts()
