@@ -97,14 +97,11 @@ class DecodeOptions:
     lookahead: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("block_tiles", 1), ("lookahead", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}; or leave it out")
+        for name in ("workers", "block_tiles", "lookahead"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}; or leave it out")
         if not 0.0 <= self.bad_share <= 1.0:
-            raise InputError(
-                f"bad_share must be in 0..1, got {self.bad_share}; the default is 0.01"
-            )
+            raise InputError(f"bad_share must be in 0..1, got {self.bad_share}; 0.01 if left out")
         for name in ("decode_timeout_s", "survey_timeout_s", "memory_mib"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -115,8 +112,7 @@ class DecodeOptions:
     @property
     def most_workers(self) -> int:
         """The number of workers, or the most there will be."""
-        cores = len(os.sched_getaffinity(0))
-        return self.workers or max(1, min(MOST_WORKERS, cores))
+        return self.workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))))
 
     @property
     def tiles_per_block(self) -> int:
@@ -271,6 +267,11 @@ class TileDecoder:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the workers."""
         return self._dispatcher.pids
+
+    @property
+    def ready_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers that have started and take jobs."""
+        return self._dispatcher.ready_pids
 
     @property
     def in_progress(self) -> int:

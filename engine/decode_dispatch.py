@@ -136,6 +136,7 @@ class Dispatcher(threading.Thread):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.waiting_since: float | None = None
         self.pids: tuple[int, ...] = ()
+        self.ready_pids: tuple[int, ...] = ()
         self._shared, self._options = shared, options
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_lock = threading.Lock()
@@ -191,7 +192,7 @@ class Dispatcher(threading.Thread):
         finally:
             for worker in self._workers:
                 worker.end(0.0 if worker.jobs else _END_PATIENCE_S)
-            self.pids = ()
+            self.pids = self.ready_pids = ()
             with self._wake_lock:
                 os.close(self._wake_read)
                 os.close(self._wake_write)
@@ -203,7 +204,12 @@ class Dispatcher(threading.Thread):
         warm_up = options.tiles.tissue if options.is_warmed_up and not self._workers else None
         self._workers.append(Worker(self._shared, options.device, warm_up))
         self._last_start = time.monotonic()
+        self._note_pids()
+
+    def _note_pids(self) -> None:
+        """Say which processes there are, for other threads to read."""
         self.pids = tuple(worker.pid for worker in self._workers)
+        self.ready_pids = tuple(worker.pid for worker in self._workers if worker.is_ready)
 
     def _listen(self) -> None:
         """Wait for replies and calls, and handle them."""
@@ -222,6 +228,7 @@ class Dispatcher(threading.Thread):
                 continue
             if answer is None:
                 self._failed_starts = 0
+                self._note_pids()
             else:
                 self._take(*answer)
 
