@@ -39,8 +39,9 @@ def full_disks(folder: Path) -> list[dict[str, Any]]:
     for overlays, limit in (*limits, (True, sizes[-1] + 10_000)):
         out = folder / f"full-{limit}"
         asked = replace(cohort, overlays=overlays)
+        before: dict[str, Any] = {}
         if limit == sizes[-1] - 1:  # some slides were finished while there was room
-            run(replace(asked, slides=cohort.slides[:2]), out)
+            before = run(replace(asked, slides=cohort.slides[:2]), out)["files"]
         broken = run(asked, out, most_bytes=limit)
         kept = broken["files"]
         resumed = run(asked, out)
@@ -50,7 +51,9 @@ def full_disks(folder: Path) -> list[dict[str, Any]]:
                 "code": broken["code"],
                 "said": broken["said"],
                 "temporary": broken["temporary"],
+                "before": len(before),
                 "kept": len(kept),
+                "kept_before": before.items() <= kept.items(),
                 "kept_is_right": kept.items() <= whole["files"].items(),
                 "resumed_code": resumed["code"],
                 "resumed_is_right": resumed["files"] == whole["files"],
