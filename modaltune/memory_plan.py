@@ -135,6 +135,7 @@ class MemoryPlan:
         self.blocks_run = model.adapter.first_block + sum(self.ranges)
         self.extractors = [len(block.extractors()) for block in interactions]
         self.is_gpu = model.modal_positions.is_cuda
+        self.packs = self.tasks > 1 and model.is_packed(tiles, self.tasks)
         if process_mib is None:
             process_mib = dict.fromkeys(MODES, 0.0) if self.is_gpu else measured_process_mib()
         self.process = {mode: mib * 2**20 for mode, mib in process_mib.items()}
@@ -180,7 +181,12 @@ class MemoryPlan:
         return min(parts.packed_embed + self.blocks_run * each, most_packed_bytes())
 
     def _forward(self, passes: int) -> float:
-        n, parts = self.tiles, self.parts
+        parts, own = self.parts, self.parts.tokens.at(self.tiles)
+        if passes > 1 and self.packs:
+            # One pass over the rows of all tasks, beside the tiles' embedding that they share.
+            n, passes, beside = passes * self.tiles, 1, own
+        else:
+            n, beside = self.tiles, 0.0
         row = parts.tokens.at(n)
         between = max(
             parts.injector.plain.at(n),
@@ -189,7 +195,8 @@ class MemoryPlan:
         )
         held = row + (self.interactions > 1) * row  # embedded tiles, input of the interaction
         held += (passes > 1) * passes * row  # every task's rows behind the first injector
-        return max(held + between, parts.embed.at(n), row + parts.modalities.plain.at(n))
+        before = max(parts.embed.at(self.tiles), own + parts.modalities.plain.at(self.tiles))
+        return max(beside + held + between, before)
 
     def _train(self, setting: Setting) -> float:
         n, parts = self.tiles, self.parts

@@ -20,8 +20,8 @@ from modaltune.slide_encoders.longnet import LongNet, LongNetConfig
 from modaltune.slide_encoders.protocol import SlideEncoder, SlideTokens
 from modaltune.slide_encoders.titan import TitanEncoder
 
-# Rows of all task prompts up to which separate passes run packed as one, without gradients.
-PACKED_ROWS_CPU = 1024
+# Rows of all task prompts up to which separate passes run packed as one, without gradients. On a
+# CPU the encoder says.
 PACKED_ROWS_GPU = 32768
 _RESERVED = {"slide", TASK, "genes", "clinical"}  # names of our own slots in the head
 
@@ -232,12 +232,15 @@ class ModalTune(nn.Module):
             return [wanted]
         if self.training or torch.is_grad_enabled():
             return [[task] for task in wanted]  # dropout of each its own, activations of one alive
-        packing = self.config.task_packing
-        if packing == "auto":
-            is_gpu = self.modal_positions.is_cuda
-            fits = rows * len(wanted) <= (PACKED_ROWS_GPU if is_gpu else PACKED_ROWS_CPU)
-            packing = "always" if fits else "never"
-        return [wanted] if packing == "always" else [[task] for task in wanted]
+        return [wanted] if self.is_packed(rows, len(wanted)) else [[task] for task in wanted]
+
+    def is_packed(self, rows: int, passes: int) -> bool:
+        """Return whether separate passes over `rows` tiles run as one without gradients."""
+        if self.config.task_packing != "auto":
+            return self.config.task_packing == "always"
+        is_gpu = self.modal_positions.is_cuda
+        most = PACKED_ROWS_GPU if is_gpu else self.slide_encoder.packed_rows_cpu
+        return rows * passes <= most
 
     def forward(self, batch: CaseBatch, tasks: Sequence[int] | None = None) -> Tensor:
         """Return raw embeddings `[B, T, out_features]`, one per case and task asked for.

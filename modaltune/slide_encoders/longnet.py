@@ -125,6 +125,9 @@ class LongNet(SlideEncoder):
     Source: Prov-GigaPath (Xu et al., Nature 2024), LongNet (Ding et al., 2023).
     """
 
+    # Weights are read from memory once for all tasks; beyond this, activations leave the cache.
+    packed_rows_cpu = 4096
+
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = config

@@ -52,12 +52,15 @@ class SlideEncoder(nn.Module):
 
     Subclasses set `in_features` (tile feature width), `width` (D), `depth` (number of blocks) and
     implement the three hooks. Every parameter is frozen by the model that owns the encoder.
+
+    `packed_rows_cpu` is how many rows are faster as one pass than as one for each task prompt.
     """
 
     in_features: int
     width: int
     depth: int
     num_prefix: int = 1
+    packed_rows_cpu: int = 1024
 
     @abstractmethod
     def embed(self, tiles: Tensor, positions_px: Tensor, offsets: Tensor) -> SlideTokens:
