@@ -22,7 +22,7 @@ import torch
 
 from modaltune.benchmarks.encoders import RANDOM_VIT, load_case
 from modaltune.benchmarks.harness import commit_id, cpu_model, timestamp
-from modaltune.benchmarks.process_tree import memory_mib
+from modaltune.benchmarks.process_tree import TreeMemory
 from modaltune.engine.cohort import items_from_paths
 from modaltune.engine.decode import DecodeOptions, SlideRequest, TileBlock, TileDecoder
 from modaltune.engine.encoders import load_encoder
@@ -44,6 +44,8 @@ SMALLEST, LARGEST, MEAN = 30, 300, 125
 BUSY_BAR, RATE_BAR, FLAT_BAR = 0.95, 0.95, 0.05
 FROM_SLIDE = 5  # warm from here on: rates count, and memory is flat
 ALONE_TILES = 512
+# Of each decoding process, once it has surveyed a slide; of the libraries that only they load.
+WORKER_MIB, LIBRARIES_MIB = 130, 90
 _FIELD = ("#" * 8,) * 8
 
 
@@ -130,11 +132,6 @@ def alone_rate(encoder: TileEncoder, tiles: np.ndarray[Any, np.dtype[np.uint8]])
     return len(tiles) / (time.perf_counter() - start)
 
 
-def resident_mib() -> float:
-    """Return resident memory of this process and its children; shared pages count once."""
-    return memory_mib(os.getpid())
-
-
 def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles: int) -> float:
     """Return the most memory a run may take: the formula of `SlideStream` and `DecodeOptions`.
 
@@ -148,8 +145,8 @@ def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles
     tile_bytes = 3 * TILE_PX**2
     batches = 3 * 32 * tile_bytes
     features = options.most_slides * largest_tiles * encoder.width * 4
-    children = workers * 150 * 2**20
-    return base_mib + (options.decode.shared_bytes + batches + features + children) / 2**20
+    shared = options.decode.shared_bytes + batches + features
+    return base_mib + shared / 2**20 + workers * WORKER_MIB + LIBRARIES_MIB
 
 
 def _gate(outcomes: Sequence[SlideOutcome], encoder: TileEncoder) -> None:
@@ -205,7 +202,9 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)
-        before, base = alone_rate(encoder, tiles), resident_mib()
+        before = alone_rate(encoder, tiles)
+        memory = TreeMemory(os.getpid())
+        base = memory.mib()
         started = time.perf_counter()
         stretches: list[Stretch] = []
         lock = threading.Lock()
@@ -214,7 +213,7 @@ def measure(
         warm: list[tuple[float, int]] = []
 
         def finished(_: SlideOutcome) -> None:
-            rss.append(resident_mib())
+            rss.append(memory.mib())
             if len(rss) == FROM_SLIDE and counts:
                 warm.append(counts[-1])
 
