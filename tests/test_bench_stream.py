@@ -46,11 +46,14 @@ def test_a_small_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_missed_bars_are_named() -> None:
+    alone = {"alone_before_tiles_per_s": 40.0, "alone_after_tiles_per_s": 37.0}
     good = {"encoder_busy": 0.99, "ratio": 0.97, "peak_mib": 900, "bound_mib": 1000, "spread": 0.02}
-    assert stream.missed_bars(good) == []
+    assert stream.missed_bars(alone | good) == []
     bad = {"encoder_busy": 0.5, "ratio": 0.6, "peak_mib": 1100, "bound_mib": 1000, "spread": 0.2}
-    said = stream.missed_bars(bad)
+    said = stream.missed_bars(alone | bad)
     assert [line.split()[0] for line in said] == ["encoder", "60.0%", "memory", "memory"]
+    (said,) = stream.missed_bars({**alone, **good, "alone_after_tiles_per_s": 26.3})
+    assert said == "ratio unknown, alone 40.0 tiles/s before and 26.3 after: not a quiet machine"
 
 
 def test_a_slower_encoder_can_be_asked_for() -> None:
