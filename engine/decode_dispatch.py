@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import threading
@@ -20,7 +19,6 @@ import numpy.typing as npt
 from modaltune.engine.decode_jobs import (
     DecodeJob,
     Device,
-    LogLine,
     Refusal,
     Reply,
     SlideRequest,
@@ -236,7 +234,8 @@ class Dispatcher(threading.Thread):
         """Handle a reply."""
         slide, indices = assigned.owner
         slide.in_hand -= 1
-        _log(reply.lines)
+        for line in reply.lines:
+            line.log()
         result = reply.result
         if isinstance(result, Survey):
             slide.seconds.update(result.seconds)
@@ -339,18 +338,27 @@ class Dispatcher(threading.Thread):
         """Hand out jobs, to the least busy worker first, and surveys to one that has done some.
 
         A survey takes long: nothing waits behind one, nor does one wait behind anything. A worker's
-        first takes half a second more.
+        first takes half a second more. Nor do the last groups of all wait behind others.
         """
         workers = sorted(self._workers, key=lambda worker: not worker.has_surveyed)
         for depth in range(_DEPTH):
             for worker in workers:
                 if not worker.is_ready or len(worker.jobs) != depth:
                     continue
+                if depth and self._is_ending():
+                    return
                 if all(isinstance(given.job, DecodeJob) for given in worker.jobs):
                     assigned = self._next_job(may_survey=depth == 0)
                     if assigned is None:
                         return
                     worker.give(assigned)
+
+    def _is_ending(self) -> bool:
+        """Whether fewer groups are left than workers: each goes to whoever is free first."""
+        if self._requests or any(slide.survey is None for slide in self._slides):
+            return False
+        ready = sum(worker.is_ready for worker in self._workers)
+        return sum(len(slide.groups) for slide in self._slides) < ready
 
     def _next_job(self, may_survey: bool) -> Assigned[Work] | None:
         """Choose between the next slide's survey and the first slide's next group."""
@@ -388,9 +396,3 @@ class Dispatcher(threading.Thread):
             self._options.is_half_scale,
         )
         return Assigned(job, (slide, indices), self._options.decode_timeout_s)
-
-
-def _log(lines: list[LogLine]) -> None:
-    """Log what a worker logged."""
-    for line in lines:
-        logging.getLogger(line.logger).log(line.level, "%s", line.message)

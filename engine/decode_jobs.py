@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -124,6 +125,10 @@ class LogLine:
     logger: str
     level: int
     message: str
+
+    def log(self) -> None:
+        """Log it here."""
+        logging.getLogger(self.logger).log(self.level, "%s", self.message)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,26 @@ def test_a_worker_that_is_killed_is_replaced(slide: Path) -> None:
         assert isinstance(ends["b"], SlideDone)
 
 
+def test_the_last_block_does_not_wait_behind_another(slide: Path) -> None:
+    """Four blocks and two workers, one of which does nothing: it holds back its own block only."""
+    with TileDecoder(DecodeOptions(TILES, workers=2, block_tiles=64)) as decoder:
+        wait_until(lambda: len(decoder.ready_pids) == 2)
+        decoder.submit(request("warm", slide))
+        drain(decoder)
+        first, second = decoder.ready_pids
+        os.kill(second, signal.SIGSTOP)
+        decoder.submit(request("a", slide))
+        assert isinstance(decoder.next_event(WAIT_S), SlideFound)
+        for _ in range(3):
+            block = decoder.next_event(WAIT_S)
+            assert isinstance(block, TileBlock)
+            block.release()
+        os.kill(second, signal.SIGCONT)
+        (end,) = end_of(decoder)
+        assert isinstance(end, SlideDone)
+        assert decoder.ready_pids == (first, second)
+
+
 def test_an_idle_worker_that_dies_costs_nothing(slide: Path) -> None:
     with ready_decoder(slide) as decoder:
         (pid,) = stop_all(decoder, signal.SIGKILL)
