@@ -22,7 +22,7 @@ from modaltune.run_config import RunConfig
 from modaltune.train import fit
 from modaltune.train_baseline import finish_baseline
 from modaltune.train_checkpoint import load_tuned
-from modaltune.train_metrics import MetricsLog
+from modaltune.train_metrics import MetricsLog, check_loggers
 from modaltune.train_prepare import Prepared, prepare
 from modaltune.train_progress import TrainProgress
 from modaltune.train_signals import StopRequest, stop_on_signals
@@ -54,7 +54,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Traine
             f"output.folder must not hold a finished run, got {out}; choose another folder, or "
             "evaluate that run"
         )
-    device = _device(config)
+    check_loggers(tensorboard=config.output.tensorboard, wandb=config.output.wandb)
+    device = device_of(config)
     with stop_on_signals() as stop:
         prepared = prepare(config)
         run, learner = prepared.run, prepared.learner
@@ -92,7 +93,10 @@ def _watcher(prepared: Prepared, stop: StopRequest, console: Console | None) -> 
 
     def open_metrics(steps: int) -> MetricsLog:
         board, project = output.tensorboard, output.wandb
-        return MetricsLog(output.folder, tensorboard=board, wandb=project, until=steps)
+        return MetricsLog(
+            output.folder, tensorboard=board, wandb=project, until=steps,
+            config=prepared.config.model_dump(mode="json"),
+        )  # fmt: skip
 
     return RunWatcher(
         prepared.config,
@@ -106,7 +110,12 @@ def _watcher(prepared: Prepared, stop: StopRequest, console: Console | None) -> 
     )
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """Return the device that a run trains on; of several processes each has its own.
+
+    Raises:
+        InputError: cuda is asked for and there is none.
+    """
     wanted = config.training.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("training.device must be one of this machine, got cuda; use cpu or auto")

@@ -140,13 +140,7 @@ class RunWatcher(Watcher):
         """Count, log, and write a checkpoint when one is due or the run is to stop."""
         now = time.perf_counter()
         took, clock = now - self._mark, self.clock
-        tiles = sum(batch.tiles.shape[0] for batch, _ in parts)
-        slides = sum(self.slides.get(c, 0) for batch, _ in parts for c in batch.case_ids)
-        clock.compute_s += took - waited_s
-        clock.waited_s += waited_s
-        clock.cases += sum(batch.num_cases for batch, _ in parts)
-        clock.slides += slides
-        clock.tiles += tiles
+        tiles = clock.count([batch for batch, _ in parts], self.slides, took, waited_s)
         steps, memory = self._steps(training), memory_mib(training.accelerator.device)
         values = {
             "epoch": training.epoch,
