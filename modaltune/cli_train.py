@@ -88,7 +88,8 @@ def train(
         name = chosen["by"].replace("_", " ")
         said = f"epoch {chosen['epoch']} of {run.info['epochs']}, validation {name} "
         out_console.print(f"kept {said}{chosen['value']:.3f}", highlight=False)
-    out_console.print(f"busy {run.info['busy']:.1%} of the loop's time", highlight=False)
+    if run.info["busy"] is not None:
+        out_console.print(f"busy {run.info['busy']:.1%} of the loop's time", highlight=False)
     if run.info["random_backbone"]:
         out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     out_console.print(f"wrote {read.output.folder}", highlight=False, soft_wrap=True, markup=False)

@@ -91,7 +91,9 @@ def pool_cases(folders: Sequence[CasesFolder], fold: int = 0) -> PooledCases:
     union = Split(*(sum((s.parts[p] for s in splits), ()) for p in splits[0].parts))
     clinical = pd.concat([folder.clinical for folder in folders])
     cohort = Cohort(slides, _shared_genes(folders), clinical, reading)
-    sources = [{"path": str(f.path), "sha256": f.sha256, "fold": fold} for f in folders]
+    sources = [
+        {"path": str(f.path.resolve()), "sha256": f.sha256, "fold": fold} for f in folders
+    ]  # found again from any working directory
     return PooledCases(cohort, tables[0] if tables else None, union, site, tuple(sources))
 
 

@@ -127,7 +127,8 @@ class MetricsLog:
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
-                    is_kept = json.loads(line)["steps"] <= until
+                    record = json.loads(line)
+                    is_kept = record["steps"] <= until and record["kind"] != "end"
                 except (ValueError, KeyError, TypeError):
                     is_kept = False  # the last line of a killed run
                 kept += [line] if is_kept and until else []

@@ -76,7 +76,12 @@ def prepare(config: RunConfig) -> Prepared:
     random.seed(config.training.seed)
     np.random.seed(config.training.seed)  # of libraries; nothing of ours draws from it
     torch.manual_seed(config.training.seed)
-    section = config.cases
+    recipe, section = config.training, config.cases
+    if recipe.epochs <= recipe.warmup_epochs:
+        logger.warning(
+            "training.warmup_epochs = %d is not shorter than training.epochs = %d: the learning "
+            "rate never reaches training.lr", recipe.warmup_epochs, recipe.epochs,
+        )  # fmt: skip
     opened = [CasesFolder.open(folder, features=section.features) for folder in section.folders]
     pooled = pool_cases(opened, section.fold)
     if not pooled.split.train:

@@ -7,7 +7,6 @@ The folder holds `run.json` and `model.safetensors` (the best epoch by validatio
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -61,8 +60,6 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Traine
         run, learner = prepared.run, prepared.learner
         learner.model.to(device)
         accelerator = make_accelerator(learner, config.training)
-        if accelerator.is_main_process:
-            _describe(out, prepared)
         shown = console if accelerator.is_main_process else None
         watcher = _watcher(prepared, stop, shown)
         try:
@@ -78,7 +75,8 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Traine
     best = watcher.best()
     if best is not None:
         load_tuned(learner.model, best)
-    run.info |= {"epochs": len(log), "chosen": vars(watcher.choice), "busy": clock.busy}
+    busy = clock.busy if clock.wall_s else None  # all steps were done by a run before
+    run.info |= {"epochs": len(log), "chosen": vars(watcher.choice), "busy": busy}
     if accelerator.is_main_process:
         if isinstance(run, BaselineRun):
             finish_baseline(run, prepared.train, config.training.cases_per_batch)
@@ -102,6 +100,7 @@ def _watcher(prepared: Prepared, stop: StopRequest, console: Console | None) -> 
         prepared.config,
         output.folder / CHECKPOINTS,
         prepared.facts,
+        lambda: _describe(prepared),
         open_metrics,
         validation_of(prepared),
         prepared.train.slide_counts,
@@ -124,10 +123,9 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _describe(out: Path, prepared: Prepared) -> None:
-    """Write what the run is, unless it goes on."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / CONFIG).is_file():
-        with atomic_path(out / CONFIG) as temporary:
-            temporary.write_text(to_toml(prepared.config), encoding="utf-8")
-        write_json_atomic(out / SPLIT, prepared.pooled.split.to_dict())
+def _describe(prepared: Prepared) -> None:
+    """Write what the run is: its configuration, as it goes on, and its split."""
+    out = prepared.config.output.folder
+    with atomic_path(out / CONFIG) as temporary:
+        temporary.write_text(to_toml(prepared.config), encoding="utf-8")
+    write_json_atomic(out / SPLIT, prepared.pooled.split.to_dict())

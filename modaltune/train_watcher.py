@@ -71,7 +71,8 @@ class Choice:
             gain = math.nan
         elif self.value is not None:
             gain = self.value - value if by == LOSS else value - self.value
-        self.stale = 0 if gain > 0 else self.stale + 1
+        if by is not None:  # without any figure there is nothing to wait for
+            self.stale = 0 if gain > 0 else self.stale + 1
         if by is not None and not gain >= 0:
             return False
         self.by, self.value, self.epoch = by, value, epoch
@@ -86,6 +87,7 @@ class RunWatcher(Watcher):
         config: Of the run.
         folder: Of its checkpoints.
         facts: JSON values that a continued run must agree with (`check_same`).
+        describe: Writes what the run is; called where nothing speaks against going on.
         open_metrics: Opens the log, given the steps that are done.
         validation: Embeds and judges.
         slides: Slides of each case, for the rates.
@@ -98,6 +100,7 @@ class RunWatcher(Watcher):
     config: RunConfig
     folder: Path
     facts: Mapping[str, Any]
+    describe: Callable[[], None]
     open_metrics: Callable[[int], MetricsLog]
     validation: Validation
     slides: Mapping[str, int]
@@ -123,6 +126,7 @@ class RunWatcher(Watcher):
             logger.info("going on after %d steps", saved.state["steps"])
         steps = self._steps(training)
         if training.accelerator.is_main_process:
+            self.describe()
             self._metrics = self.open_metrics(steps)
         self.progress.start(self.config.training.epochs * self._per_epoch, steps)
         if self._ends_early():  # stopped early, and killed before the run was saved

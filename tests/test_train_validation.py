@@ -19,6 +19,7 @@ from modaltune.targets import distillation_loss
 from modaltune.testing_training import tiny_run_config, write_training_cases
 from modaltune.text_embeddings import PrecomputedText
 from modaltune.train import Training
+from modaltune.train_checkpoint import read_checkpoint
 from modaltune.train_prepare import prepare
 from modaltune.train_run import run_training
 from modaltune.train_validation import validation_of
@@ -81,6 +82,10 @@ def test_the_loss_is_logged_shown_and_may_choose_the_epoch(cases: Path, tmp_path
     chosen = run.info["chosen"]
     assert (chosen["by"], chosen["value"]) == ("loss", min(losses))
     assert chosen["epoch"] == losses.index(min(losses)) + 1
+    assert chosen["epoch"] < 8  # else what follows says nothing
+    best = read_checkpoint(tmp_path / "run" / "checkpoints" / f"{chosen['checkpoint']}.json")
+    state = run.model.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in best.model_state().items())
     shown = console.export_text()
     assert all(f"validation loss {loss:.3f}" in shown for loss in losses)
     default = run_training(tiny_run_config([cases], tmp_path / "default"))
