@@ -198,6 +198,24 @@ def test_the_linear_probe_is_read_by_the_published_probes(
     assert len(values) == 1  # of the frozen embedding, whatever the heads learned
 
 
+def test_class_heads_say_nothing_of_another_cancer(runs: dict[str, Path], tmp_path: Path) -> None:
+    opened = CasesFolder.open(write_training_cases(tmp_path, parts=(12, 6, 8), prefix="Q"))
+    clinical = opened.clinical.assign(site="bladder")
+    slides = pq.read_table(opened.path / "slides.parquet").to_pandas()
+    parts = CasesContent(clinical, opened.expression, opened.pathways, slides, [opened.split()])
+    other = write_cases_folder(tmp_path / "bladder", parts).path
+    found = evaluate_run(
+        EvaluateRequest(
+            run=runs["pathway_mlp"], cases=(other,), bootstrap=BootstrapOptions(0), pictures=False
+        )
+    ).scores
+    test = found[found["split"] == "test"].set_index(["task", "metric"])
+    assert test.loc[("direct", "balanced_accuracy"), "n"] == 0
+    assert "class of another site" in test.loc[("direct", "balanced_accuracy"), "left_out"]
+    assert test.loc[("direct", "c_index"), "n"] > 0
+    assert test.loc[("embedding", "balanced_accuracy"), "n"] > 0  # its probes were fitted there
+
+
 @pytest.mark.parametrize("kind", ["mcat", "linear_probe"])
 def test_new_cases_are_predicted(
     kind: str, runs: dict[str, Path], cases: Path, tmp_path: Path
