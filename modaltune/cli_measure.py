@@ -160,14 +160,14 @@ def _profile_loop(
     config: Path, sets: Sequence[str], steps: int, run: Path | None, out: Path, as_json: bool
 ) -> None:
     from modaltune.errors import InputError
-    from modaltune.profile_loop import loop_table, profile_loop
+    from modaltune.profile_loop import loop_table, measure_loop
     from modaltune.run_config import load_run_config
 
     if run is not None:
         raise InputError(
             f"--run must not stand beside --config, got {run}; the loop begins a model of its own"
         )
-    found = profile_loop(load_run_config(config, sets=sets), steps)
+    found = measure_loop(load_run_config(config, sets=sets), steps)
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "loop.json", found)
     if as_json:

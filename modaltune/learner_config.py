@@ -32,6 +32,7 @@ class ModalTuneSection(_Section):
 class BaselineSection(_Section):
     """What is trained: a baseline and its heads."""
 
+    kind: str = Field("", description=_KIND)
     classes: bool = Field(True, description="a class head, where training cases have two classes")
     survival: Literal["hazard", "cox", "none"] = Field(
         "hazard",

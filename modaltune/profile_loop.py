@@ -44,7 +44,7 @@ class _Clocked(Watcher):
         self._mark = time.perf_counter()
 
 
-def profile_loop(config: RunConfig, steps: int = 50) -> dict[str, Any]:
+def measure_loop(config: RunConfig, steps: int = 50) -> dict[str, Any]:
     """Train a few steps of a run, writing nothing, and say how the loop's time splits.
 
     Files are read as they lie: from the page cache where they were read before.

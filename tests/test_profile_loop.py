@@ -14,7 +14,7 @@ from modaltune.batch import CaseBatch
 from modaltune.cli import app
 from modaltune.config_text import to_toml
 from modaltune.errors import InputError
-from modaltune.profile_loop import profile_loop
+from modaltune.profile_loop import measure_loop
 from modaltune.testing_training import tiny_run_config, write_training_cases
 from modaltune.train_cases import StreamedCases
 
@@ -28,7 +28,7 @@ def test_waiting_for_data_is_told_from_computing(
     cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run_config([cases], tmp_path / "run", "learner.kind=pathway_mlp")
-    quick = profile_loop(config, 6)
+    quick = measure_loop(config, 6)
     assert (quick["steps"], quick["learner"], quick["device"]) == (5, "pathway_mlp", "cpu")
     assert not (tmp_path / "run").exists()  # no run is written
     real = StreamedCases.batch
@@ -38,7 +38,7 @@ def test_waiting_for_data_is_told_from_computing(
         return real(self, indices)
 
     monkeypatch.setattr(StreamedCases, "batch", slowly)
-    slow = profile_loop(config, 6)
+    slow = measure_loop(config, 6)
     assert slow["waited_s"] > 0.2
     assert slow["busy"] < 0.7
     assert slow["busy"] == pytest.approx(slow["compute_s"] / (slow["compute_s"] + slow["waited_s"]))
@@ -47,7 +47,7 @@ def test_waiting_for_data_is_told_from_computing(
 def test_a_run_of_one_step_has_nothing_to_time(cases: Path, tmp_path: Path) -> None:
     sets = ("training.epochs=1", "training.cases_per_step=99")
     with pytest.raises(InputError, match=r"steps must be 2 or more.*got 1; raise --steps, or tra"):
-        profile_loop(tiny_run_config([cases], tmp_path / "run", *sets))
+        measure_loop(tiny_run_config([cases], tmp_path / "run", *sets))
 
 
 def test_the_command_says_the_busy_share(cases: Path, tmp_path: Path) -> None:

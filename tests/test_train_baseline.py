@@ -90,6 +90,9 @@ def test_the_run_folder_holds_the_baseline(kind: str, runs: dict[str, Path], cas
     rows = [told.case_ids.index(case) for case in ready.train.case_ids]
     inside = embed_all(run.learner, ready.train, range(len(ready.train)), 3)
     np.testing.assert_allclose(told.embeddings[rows], inside, rtol=1e-4, atol=1e-5)
+    risk = run.predict_embedded(ready.train.case_ids, inside).risk
+    assert risk is not None
+    assert run.info["risk_cut"] == pytest.approx(np.median(risk), rel=1e-5)
     with pytest.raises(CheckpointError, match=rf"got the baseline {kind}; open it with modaltune"):
         load_run(out)
 

@@ -16,7 +16,7 @@ import pytest
 from modaltune.errors import InputError
 from modaltune.run_config import RunConfig
 from modaltune.testing_training import tiny_run_config, write_training_cases
-from modaltune.train_metrics import check_loggers
+from modaltune.train_metrics import MetricsLog, check_loggers
 from modaltune.train_run import run_training
 from modaltune.train_signals import TrainingStopped
 from modaltune.train_watcher import RunWatcher
@@ -56,6 +56,14 @@ def test_tensorboard_has_every_step_once(
     assert [event.step for event in found.Scalars("step/loss")] == list(range(1, 16))
     assert [event.step for event in found.Scalars("validation/loss")] == [5, 10, 15]
     assert found.Scalars("end/busy")[0].value <= 1
+    for steps, until in (((1, 2, 3, 4, 5), 0), ((4,), 3)):  # killed after 5, begun again after 3
+        log = MetricsLog(tmp_path, tensorboard=True, until=until)
+        for step in steps:
+            log.write("step", step, {"loss": float(step)})
+        log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("step/loss")] == [1, 2, 3, 4]
 
 
 def kept_records(path: Path) -> Iterator[bytes]:
