@@ -139,7 +139,8 @@ def test_the_command_takes_it(tmp_path: Path) -> None:
     _clinical(tmp_path / "clinical.tsv")
     _follow_up(tmp_path / "follow_up.tsv")
     words = ["cases", "build", "--clinical", str(tmp_path / "clinical.tsv"),
-             "--require", "survival", "--follow-up", str(tmp_path / "follow_up.tsv"), "--split", str(_all_train(tmp_path)),
+             "--follow-up", str(tmp_path / "follow_up.tsv"), "--require", "survival",
+             "--split", str(_all_train(tmp_path)),
              "--out", str(tmp_path / "cases"), "--json"]  # fmt: skip
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0, said.output
