@@ -43,6 +43,9 @@ def train(
 ) -> None:
     """Tune a Modal Adapter on cases folders, towards the sentences of their labels.
 
+    --set learner.kind=… trains a baseline on classes and survival instead: linear_probe, abmil,
+    pathway_mlp, gene_mixer, mcat or late_fusion.
+
     Everything is fitted on the training split. Each epoch is judged on the validation split; the
     best is kept in the run folder (run.json, model.safetensors). Stopped or killed, the same
     command goes on where it was. On several GPUs: torchrun --nproc-per-node N -m modaltune train …
@@ -72,6 +75,7 @@ def train(
     chosen = run.info["chosen"]
     summary = {
         "out": str(read.output.folder),
+        "learner": read.learner.kind,
         "epochs": run.info["epochs"],
         "chosen": {name: chosen[name] for name in ("by", "value", "epoch")},
         "busy": run.info["busy"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ from modaltune.train_signals import StopRequest, TrainingStopped
 logger = logging.getLogger(__name__)
 
 Validation = Callable[[Training], dict[str, Any]]
-# What a run is chosen by, the first of them that validation gives.
+# What a run is chosen by unless it is told, the first of them that validation gives.
 CHOSEN_BY = ("balanced_accuracy", "c_index")
+LOSS = "loss"  # of these figures the one of which less is better
 
 
 @dataclass
@@ -53,13 +55,24 @@ class Choice:
     checkpoint: str | None = None
     stale: int = 0
 
-    def offer(self, found: Mapping[str, Any], epoch: int) -> bool:
-        """Take note of a validation; whether it is at least as good as the best one."""
-        by = self.by or next((n for n in CHOSEN_BY if found.get(n) is not None), None)
+    def offer(self, found: Mapping[str, Any], epoch: int, first: str = CHOSEN_BY[0]) -> bool:
+        """Take note of a validation; whether it is at least as good as the best one.
+
+        Args:
+            found: Figures of the validation.
+            epoch: Epochs done.
+            first: The figure to choose by; without it the first of `CHOSEN_BY` that there is.
+        """
+        names = (first, *CHOSEN_BY)
+        by = self.by or next((n for n in names if found.get(n) is not None), None)
         value = None if by is None else found.get(by)
-        is_better = value is not None and (self.value is None or value > self.value)
-        self.stale = 0 if is_better else self.stale + 1
-        if by is not None and (value is None or (self.value is not None and value < self.value)):
+        gain = math.inf
+        if value is None:
+            gain = math.nan
+        elif self.value is not None:
+            gain = self.value - value if by == LOSS else value - self.value
+        self.stale = 0 if gain > 0 else self.stale + 1
+        if by is not None and not gain >= 0:
             return False
         self.by, self.value, self.epoch = by, value, epoch
         return True
@@ -181,7 +194,7 @@ class RunWatcher(Watcher):
         if training.epoch % section.validate_every == 0 or is_last:
             self.progress.say(f"validating after epoch {training.epoch}")
             found = self.validation(training)
-            is_best = self.choice.offer(found, training.epoch)
+            is_best = self.choice.offer(found, training.epoch, section.choose_by)
             self._log("validation", steps, {"epoch": log.epoch, "best": is_best, **found})
             self.progress.validated(training.epoch, log.loss, found, is_best)
         ends = self._ends_early()
