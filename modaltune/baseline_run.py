@@ -25,14 +25,13 @@ from modaltune.batch import CaseBatch
 from modaltune.checkpoint import LEARNER, WEIGHTS, load_run, read_description
 from modaltune.config import ModalTuneConfig, PositionConvention
 from modaltune.errors import CheckpointError
-from modaltune.evaluation import DIRECT
+from modaltune.evaluation import DIRECT, EMBEDDING
 from modaltune.learner_config import AnyBaseline, LinearProbeSection
 from modaltune.model import build_slide_encoder
 from modaltune.predictions import Predictions
 from modaltune.preprocessing import Preprocessing
 from modaltune.trained_run import TrainedRun
 
-EMBEDDING = "embedding"  # in place of a task prompt: what the published probes read
 PROBED = "linear_probe"  # has no word of its own: the published probes are its heads
 
 

@@ -27,6 +27,7 @@ from modaltune.tables import name_few, repeated
 
 Kind = Literal["class", "survival", "site"]
 DIRECT = "direct"  # in place of a task prompt: what a model predicts itself
+EMBEDDING = "embedding"  # likewise: what probes read off a model that has no prompts
 MEAN_OF_SITES = "mean of sites"
 
 

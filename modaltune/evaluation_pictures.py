@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from modaltune.classification_metrics import auprc, auroc, reliability
-from modaltune.evaluation import EmbeddedCases, Evaluation, Place
+from modaltune.evaluation import DIRECT, EMBEDDING, EmbeddedCases, Evaluation, Place
 from modaltune.evaluation_plots import (
     ForestPanel,
     Ranked,
@@ -37,6 +37,7 @@ FOREST = {
     "c_index": "c-index (Harrell)",
     "uno_c_index": "c-index (Uno)",
 }
+_IN_PLACE = {DIRECT: "direct predictions", EMBEDDING: "probes on the embedding"}
 
 
 def draw_evaluation(
@@ -98,7 +99,7 @@ def _pictures(
         for chosen in [own] if is_binary else [[p] for p in own]:
             yield from _rankings(evaluation, scores, chosen, class_names)
     for place in places:
-        title = f"{evaluation.name}: {place.task} prompt, {part} cases" + (
+        title = f"{evaluation.name}: {_spoken(place.task)}, {part} cases" + (
             "" if place.scope == POOLED else f", {place.scope}"
         )
         end = f"{part}_{place.task}_{place.scope}"
@@ -112,6 +113,11 @@ def _pictures(
     yield f"forest_{part}", lambda: _forest(scores, part, title)
 
 
+def _spoken(task: str) -> str:
+    """Say what predicts: a task prompt, or what stands in its place."""
+    return _IN_PLACE.get(task, f"{task} prompt")
+
+
 def _rankings(
     evaluation: Evaluation, scores: pd.DataFrame, places: Sequence[Place], names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -120,7 +126,7 @@ def _rankings(
     labels = evaluation.predictions[places[0]].labels
     is_binary = labels is not None and len(labels) == 2
     title = f"{evaluation.name}: {part} cases" + ("" if scope == POOLED else f", {scope}")
-    title += "" if is_binary else f", {task} prompt"
+    title += "" if is_binary else f", {_spoken(task)}"
     end = f"{part}_{scope}" if is_binary else f"{part}_{task}_{scope}"
     interval = " (95 % interval)" if is_binary else ", one against the others"
 
@@ -224,7 +230,7 @@ def _embeddings(
         names = [_class_name(k, class_names) for k in range(int(groups.max(initial=-1)) + 1)]
     for column, task in enumerate(cases.tasks):
         behind, front = cases.take(train)[:, column], cases.take(shown)[:, column]
-        title = f"embeddings, {task} prompt: {part} cases"
+        title = f"embeddings, {_spoken(task)}: {part} cases"
         yield (
             f"embeddings_{part}_{task}",
             partial(embedding_figure, behind, front, groups, names, title),

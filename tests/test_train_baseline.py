@@ -188,6 +188,16 @@ def test_evaluation_scores_heads_and_embedding(
     pd.testing.assert_series_equal(one.sort_index(), -two.sort_index())
 
 
+def test_pictures_name_what_stands_in_place_of_a_prompt(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    evaluate_run(EvaluateRequest(run=runs["mcat"], bootstrap=BootstrapOptions(0), out=tmp_path))
+    drawn = {path.stem: path.read_text() for path in (tmp_path / "pictures").glob("*.svg")}
+    assert "mcat: direct predictions" in drawn["calibration_test_direct_pooled"]
+    assert "probes on the embedding" in drawn["calibration_test_embedding_pooled"]
+    assert "kaplan_meier_test_direct_pooled" in drawn
+
+
 def test_the_linear_probe_is_read_by_the_published_probes(
     runs: dict[str, Path], cases: Path, tmp_path: Path
 ) -> None:
