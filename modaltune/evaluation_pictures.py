@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from modaltune.classification_metrics import auprc, auroc, reliability
-from modaltune.evaluation import EmbeddedCases, Evaluation, Place
+from modaltune.evaluation import DIRECT, EMBEDDING, EmbeddedCases, Evaluation, Place
 from modaltune.evaluation_plots import (
     ForestPanel,
     Ranked,
@@ -31,12 +31,13 @@ from modaltune.splits import Split
 
 logger = logging.getLogger(__name__)
 
-FOREST = (
-    ("balanced_accuracy", "balanced accuracy", 0.5),
-    ("auroc", "AUROC", 0.5),
-    ("c_index", "c-index (Harrell)", 0.5),
-    ("uno_c_index", "c-index (Uno)", 0.5),
-)
+FOREST = {
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "c_index": "c-index (Harrell)",
+    "uno_c_index": "c-index (Uno)",
+}
+_IN_PLACE = {DIRECT: "direct predictions", EMBEDDING: "probes on the embedding"}
 
 
 def draw_evaluation(
@@ -98,7 +99,7 @@ def _pictures(
         for chosen in [own] if is_binary else [[p] for p in own]:
             yield from _rankings(evaluation, scores, chosen, class_names)
     for place in places:
-        title = f"{evaluation.name}: {place.task} prompt" + (
+        title = f"{evaluation.name}: {_spoken(place.task)}, {part} cases" + (
             "" if place.scope == POOLED else f", {place.scope}"
         )
         end = f"{part}_{place.task}_{place.scope}"
@@ -112,6 +113,11 @@ def _pictures(
     yield f"forest_{part}", lambda: _forest(scores, part, title)
 
 
+def _spoken(task: str) -> str:
+    """Say what predicts: a task prompt, or what stands in its place."""
+    return _IN_PLACE.get(task, f"{task} prompt")
+
+
 def _rankings(
     evaluation: Evaluation, scores: pd.DataFrame, places: Sequence[Place], names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -120,7 +126,7 @@ def _rankings(
     labels = evaluation.predictions[places[0]].labels
     is_binary = labels is not None and len(labels) == 2
     title = f"{evaluation.name}: {part} cases" + ("" if scope == POOLED else f", {scope}")
-    title += "" if is_binary else f", {task} prompt"
+    title += "" if is_binary else f", {_spoken(task)}"
     end = f"{part}_{scope}" if is_binary else f"{part}_{task}_{scope}"
     interval = " (95 % interval)" if is_binary else ", one against the others"
 
@@ -177,7 +183,8 @@ def _calibration(
 
 def _forest(scores: pd.DataFrame, part: str, title: str) -> Figure:
     shown = scores[(scores["split"] == part) & (scores["kind"] != "site")]
-    shown = shown[shown["metric"].isin([name for name, _, _ in FOREST])]
+    recalls = shown[shown["metric"].str.startswith("recall_")]
+    shown = shown[shown["metric"].isin(list(FOREST))]
     if shown.empty:
         raise NotDrawableError("no main metric")
     many_runs, many_scopes = shown["run"].nunique() > 1, shown["scope"].nunique() > 1
@@ -195,8 +202,12 @@ def _forest(scores: pd.DataFrame, part: str, title: str) -> Figure:
         ]
         for row in shown.to_dict(orient="records")
     }
+    classes = set(recalls.groupby(["run", "task", "scope"]).size())
     panels = []
-    for metric, name, chance in FOREST:
+    for metric, name in FOREST.items():
+        chance: float | None = 0.5
+        if metric == "balanced_accuracy":
+            chance = 1 / classes.pop() if len(classes) == 1 else None
         values = [found.get((*key, metric), [np.nan] * 3) for key in keys]
         if metric in set(shown["metric"]):
             panels.append(ForestPanel(name, np.array(values, float), chance))
@@ -219,7 +230,7 @@ def _embeddings(
         names = [_class_name(k, class_names) for k in range(int(groups.max(initial=-1)) + 1)]
     for column, task in enumerate(cases.tasks):
         behind, front = cases.take(train)[:, column], cases.take(shown)[:, column]
-        title = f"embeddings, {task} prompt: {part} cases"
+        title = f"embeddings, {_spoken(task)}: {part} cases"
         yield (
             f"embeddings_{part}_{task}",
             partial(embedding_figure, behind, front, groups, names, title),

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from modaltune.train_metrics import METRICS, MetricsLog
+from modaltune.batch import CaseBatch
+from modaltune.train_metrics import METRICS, LoopClock, MetricsLog
 
 
 def read(folder: Path) -> list[dict[str, object]]:
@@ -42,3 +44,14 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         log.write("step", 1, {"loss": float("nan")})
     log.close()
+
+
+def test_the_clock_tells_computing_from_waiting() -> None:
+    tiles, where = torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.int64)
+    batch = CaseBatch(tiles, where, torch.tensor([0, 3, 5]), case_ids=("A", "B"))
+    clock = LoopClock()
+    assert clock.count([batch], {"A": 2, "B": 1, "C": 9}, took_s=4.0, waited_s=1.0) == 5
+    clock.other_s += 1.0
+    assert (clock.compute_s, clock.waited_s, clock.wall_s, clock.busy) == (3.0, 1.0, 5.0, 0.6)
+    rates = clock.rates()
+    assert (rates["cases_per_s"], rates["slides_per_s"], rates["tiles_per_s"]) == (0.4, 0.6, 1.0)
