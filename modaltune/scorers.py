@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from modaltune.class_resamples import class_resamples
+from modaltune.class_resamples import score_class_counts
 from modaltune.classification_metrics import (
     auprc,
     auroc,
@@ -33,7 +33,7 @@ from modaltune.survival_metrics import (
     integrated_brier_score,
     uno_c_index,
 )
-from modaltune.survival_resamples import survival_resamples
+from modaltune.survival_resamples import score_survival_counts
 
 BETTER_LOW = ("brier", "calibration_error", "integrated_brier")
 
@@ -123,7 +123,7 @@ def class_scorer(
         tuple(names),
         ids,
         score,
-        class_resamples(truth, given, said, known, present),
+        score_class_counts(truth, given, said, known, present),
         truth,
         (truth != known[0]).astype(np.int64),
         left_out,
@@ -205,7 +205,7 @@ def survival_scorer(
         return np.array(values)
 
     events = died.astype(np.int64)
-    resampled = survival_resamples(time, died, risk, reference, curves, months)
+    resampled = score_survival_counts(time, died, risk, reference, curves, months)
     return Scorer(tuple(names), ids, score, resampled, events, events, left_out, notes)
 
 
