@@ -15,7 +15,7 @@ from modaltune.probes import Floats, Ints
 from modaltune.resampling import Score
 
 
-def class_resamples(
+def score_class_counts(
     truth: Ints, probabilities: Floats, said: Ints, labels: Sequence[int], over: Sequence[int]
 ) -> Score:
     """Return a function of counts `[R, n]` that gives the columns of a class scorer `[R, k]`.

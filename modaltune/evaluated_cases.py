@@ -139,13 +139,24 @@ def _choose(
     pooled = pool_cases(folders, 0 if fold is None else fold)
     if own is not None and is_own_cases(run, folders) and fold is None:
         return replace(pooled, split=own)
-    seen = set() if own is None else set(own.train) & {*pooled.split.val, *pooled.split.test}
-    if seen:
+    if seen := seen_cases(own, pooled.split):
         raise CohortError(
             f"validation and test cases must be new to run {run_folder}, got {len(seen)} that "
-            "it was trained on; leave --fold out to use the run's own split"
+            "it was trained on or chosen by; leave --fold out to use the run's own split"
         )
     return pooled
+
+
+def seen_cases(own: Split | None, judged: Split) -> set[str]:
+    """Return the cases to be judged that a run knows: trained on, or, of test cases, chosen by.
+
+    Args:
+        own: The split that the run was trained on; its epoch was chosen on the validation part.
+        judged: The split whose validation and test parts are scored.
+    """
+    if own is None:
+        return set()
+    return (set(own.train) & {*judged.val, *judged.test}) | (set(own.val) & set(judged.test))
 
 
 def with_sites(pooled: PooledCases, folders: Sequence[CasesFolder]) -> pd.DataFrame:

@@ -191,11 +191,12 @@ def evaluate_cases(
         )
     collected = _Collected(cases.clinical)
     site = dict(zip(cases.clinical.index, site_names(cases.clinical), strict=True))
+    embedded = set(cases.case_ids)
     if fitted is not None and probes.sites:
         collected.foreign = {c for c, name in site.items() if name and name not in probes.sites}
     for part in parts:
         asked = split.parts[part]
-        ids = [case for case in asked if case in set(cases.case_ids)]
+        ids = [case for case in asked if case in embedded]
         collected.missing[part] = tuple(sorted(set(asked) - set(ids)))
         for task in cases.tasks:
             for scope in probes.scopes:
@@ -247,35 +248,48 @@ def evaluate_predictions(
     name: str,
     parts: Sequence[Literal["val", "test"]] = ("val", "test"),
     foreign: Collection[str] = (),
+    fitted: ScopeProbes | None = None,
 ) -> Evaluation:
     """Score what a model predicts itself, in the tables that embeddings get.
 
-    Class numbers of the cases named `foreign` mean other diagnoses than the model's: left out.
-    Survival metrics are weighted by the training cases of `split`; risk groups are cut at the
-    median risk predicted for them, and left out where there are no such predictions.
+    Args:
+        predictions: Of any cases.
+        labels: Rows by case id.
+        split: Which cases are which. Survival metrics are weighted by its training cases; risk
+            groups are cut at the median risk predicted for them, and left out where there are no
+            such predictions.
+        name: Of the run.
+        parts: What is scored.
+        foreign: Cases whose class numbers mean other diagnoses than the model's: left out.
+        fitted: Cut and weights to use instead, such as those of another cohort.
     """
     labels = check_labels(labels)
-    train = [case for case in split.train if case in labels.index]
-    reference, cut = None, None
-    if predictions.risk is not None:
-        rows = labels.loc[train]
-        try:
-            reference = SurvivalReference.fit(rows["survival_months"], rows["event"])
-        except ProbeError:
-            reference = None  # the scorer's rows then hold Harrell's index alone
-        own = predictions.take([c for c in train if c in set(predictions.case_ids)])
-        known = np.asarray(own.risk, float)
-        known = known[~np.isnan(known)]
-        cut = float(np.median(known)) if len(known) else None
-    scope = ScopeProbes(None, None, cut, reference)
+    predicted = set(predictions.case_ids)
+    scope = _direct_scope(predictions, labels, split) if fitted is None else fitted
     collected = _Collected(labels)
     collected.foreign = set(foreign)
     for part in parts:
         asked = split.parts[part]
-        ids = [case for case in asked if case in set(predictions.case_ids)]
+        ids = [case for case in asked if case in predicted]
         collected.missing[part] = tuple(sorted(set(asked) - set(ids)))
         collected.add(part, DIRECT, POOLED, predictions.take(ids), asked, scope)
     return collected.finish(name, None)
+
+
+def _direct_scope(predictions: Predictions, labels: pd.DataFrame, split: Split) -> ScopeProbes:
+    """Return what survival metrics and risk groups of direct predictions need, from training."""
+    if predictions.risk is None:
+        return ScopeProbes(None, None, None, None)
+    train = [case for case in split.train if case in labels.index]
+    rows = labels.loc[train]
+    try:
+        reference = SurvivalReference.fit(rows["survival_months"], rows["event"])
+    except ProbeError:
+        reference = None  # the scorer's rows then hold Harrell's index alone
+    predicted = set(predictions.case_ids)
+    known = np.asarray(predictions.take([c for c in train if c in predicted]).risk, float)
+    known = known[~np.isnan(known)]
+    return ScopeProbes(None, None, float(np.median(known)) if len(known) else None, reference)
 
 
 class _Collected:

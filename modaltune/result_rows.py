@@ -168,10 +168,15 @@ def difference_rows(
             count,
             unpaired,
             0 if draws is None else draws.redrawn,
-            one[0].note(name),
+            _both_notes(one[0].note(name), two[0].note(name)),
         )
         for k, name in enumerate(shared)
     ]
+
+
+def _both_notes(first: str, second: str) -> str:
+    """Return the notes of two runs; a Brier score over other months is no fair comparison."""
+    return first if first == second else f"first: {first or 'none'}; second: {second or 'none'}"
 
 
 def _draw(

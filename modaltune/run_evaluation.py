@@ -15,25 +15,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from modaltune.baseline_run import BaselineRun
 from modaltune.engine.atomic import atomic_path, write_json_atomic
-from modaltune.errors import CheckpointError, CohortError
-from modaltune.evaluated_cases import EvaluatedCases, InputOptions, embed_cases, run_split
+from modaltune.errors import CheckpointError, CohortError, InputError
+from modaltune.evaluated_cases import (
+    EvaluatedCases,
+    InputOptions,
+    embed_cases,
+    run_split,
+    seen_cases,
+)
 from modaltune.evaluation import Evaluation, evaluate_cases, evaluate_predictions, fit_on
 from modaltune.evaluation_pictures import draw_evaluation, draw_forest
+from modaltune.evaluation_report import class_names, report_markdown
 from modaltune.evaluation_tables import (
-    HEADLINES,
     comparison_table,
     fit_table,
     headline_table,
     json_rows,
-    markdown,
     score_table,
     seeds_table,
     write_table,
 )
-from modaltune.fitted_probes import FittedProbes
+from modaltune.fitted_probes import POOLED, FittedProbes, ScopeProbes
 from modaltune.predictions import predictions_table, read_predictions
 from modaltune.probe_files import load_probes, save_probes
 from modaltune.result_rows import BootstrapOptions
+from modaltune.tables import name_few, repeated
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +96,8 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
     Raises:
         InputError: Something asked for breaks a rule.
     """
+    for side in ((request.run, *request.seeds), *request.compare):
+        _check_distinct(side)
     folders = [request.run, *request.seeds, *(path for side in request.compare for path in side)]
     names = dict(zip(folders, run_names(folders), strict=True))
     with _progress(console) as progress:
@@ -104,12 +112,23 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
         ]
         fitted, kept = _probes(request, main, out)
         evaluations = [_evaluated(request, main, main, fitted)]
-        evaluations += [_evaluated(request, run, main, None) for run in seeds]
+        evaluations += [
+            _evaluated(request, run, main, _saved(request, path, run))
+            for path, run in zip(request.seeds, seeds, strict=True)
+        ]
         waiting = progress.add_task("score and resample", total=None)
         scores, comparison = _tables(request, evaluations, rivals)
         progress.remove_task(waiting)
     result = _write(request, out, main, evaluations, scores, comparison)
     return replace(result, written=(*kept, *result.written))
+
+
+def _check_distinct(side: Sequence[Path]) -> None:
+    """Refuse a run that stands for several seeds."""
+    if twice := repeated([str(path.resolve()) for path in side]):
+        raise InputError(
+            f"seeds must be different runs, got {name_few(twice)} more than once; give each once"
+        )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -167,12 +186,10 @@ def _check_unseen(main: EvaluatedCases, other: EvaluatedCases, path: Path) -> No
             f"runs must be evaluated on the same cases, got another cases folder for {path}; give "
             "--cases"
         )
-    own = run_split(path)
-    seen = set() if own is None else set(own.train) & {*main.split.val, *main.split.test}
-    if seen:
+    if seen := seen_cases(run_split(path), main.split):
         raise CohortError(
             f"validation and test cases must be new to every run, got {len(seen)} that {path} was "
-            "trained on; compare runs of one split"
+            "trained on or chosen by; compare runs of one split"
         )
 
 
@@ -189,17 +206,24 @@ def _rival(
         return evaluate_predictions(said, main.cases.clinical, main.split, name=names[path])
     other = _embedded(request, path, names, progress)
     _check_unseen(main, other, path)
-    return _evaluated(request, other, main, None)
+    return _evaluated(request, other, main, _saved(request, path, other))
+
+
+def _saved(request: EvaluateRequest, path: Path, run: EvaluatedCases) -> FittedProbes | None:
+    """Return a run's own saved probes where nothing is to be fitted, else None."""
+    if request.probes != "run":
+        return None
+    fitted = load_probes(path)
+    check_probes(fitted, run.key["weights_sha256"], path)
+    return fitted
 
 
 def _probes(
     request: EvaluateRequest, main: EvaluatedCases, out: Path
 ) -> tuple[FittedProbes, tuple[Path, ...]]:
     """Return the probes to use, and where they were written if they were fitted here."""
-    if request.probes == "run":
-        fitted = load_probes(request.run)
-        check_probes(fitted, main.key["weights_sha256"], request.run)
-        return fitted, ()
+    if (saved := _saved(request, request.run, main)) is not None:
+        return saved, ()
     info = {
         "weights_sha256": main.key["weights_sha256"],
         "cases_sha256": main.cases_sha256,
@@ -242,7 +266,13 @@ def _evaluated(
     sites = set(own.info["sites"])
     site = cases.clinical["site"].dropna() if "site" in cases.clinical else pd.Series(dtype=object)
     foreign = {str(case) for case in site[~site.isin(sites)].index} if sites else set()
-    direct = evaluate_predictions(said, cases.clinical, main.split, name=run.name, foreign=foreign)
+    scope = None
+    if request.probes == "run" and fitted is not None:
+        reference = fitted.probes[run.run.tasks[0], POOLED].reference
+        scope = ScopeProbes(None, None, own.info.get("risk_cut"), reference)
+    direct = evaluate_predictions(
+        said, cases.clinical, main.split, name=run.name, foreign=foreign, fitted=scope
+    )
     return direct.beside(probed)
 
 
@@ -286,7 +316,7 @@ def _write(
     summary = _summary(request, main, first, headline)
     if request.pictures:
         own = scores[scores["run"] == first.name]
-        classes = class_names(main)
+        classes = class_names(main.folders)
         drawn = draw_evaluation(
             out / "pictures", first, own, cases=main.cases, split=main.split, class_names=classes
         )
@@ -300,17 +330,6 @@ def _write(
     write_json_atomic(out / "evaluation.json", summary)
     files = (*written, out / "report.md", out / "evaluation.json")
     return EvaluateResult(headline, scores, fits, comparison, summary, files)
-
-
-def class_names(main: EvaluatedCases) -> tuple[str, ...]:
-    """Return the names of the classes, as far as the cases folder knows them."""
-    known = main.folders[0].description.get("classes")
-    if not isinstance(known, dict) or len(known) != 1 or len(main.folders) > 1:
-        return ()
-    names = next(iter(known.values()))
-    if not isinstance(names, dict):
-        return ()
-    return tuple(str(names.get(str(k), f"class {k}")) for k in range(len(names)))
 
 
 def all_predictions(evaluation: Evaluation) -> pd.DataFrame:
@@ -340,6 +359,7 @@ def _summary(
         "penalizer": request.penalizer,
         "bootstrap": vars(request.bootstrap),
         "inputs": vars(request.inputs),
+        "fit_on": main.run.info.get("fit_on", "train"),
         "random_backbone": main.run.random_backbone,
         "split": parts,
         "without_embedding": {part: list(cases) for part, cases in first.missing.items()},
@@ -347,32 +367,3 @@ def _summary(
         "headline": json_rows(headline),
         "software_version": importlib.metadata.version("modaltune"),
     }
-
-
-def report_markdown(
-    summary: Mapping[str, Any], scores: pd.DataFrame, fits: pd.DataFrame, comparison: pd.DataFrame
-) -> str:
-    """Return the report as Markdown: what was done, headlines, comparisons, fits."""
-    parts = ", ".join(f"{count} {part}" for part, count in summary["split"].items())
-    lines = [
-        f"# {summary['run']} on {summary['cases']}",
-        "",
-        f"Cases: {parts}. Probes: "
-        + ("those saved with the run." if summary["probes"] == "run" else "fitted on train.")
-        + f" Intervals: 95 %, {summary['bootstrap']['resamples']} bootstrap resamples of patients.",
-        "",
-    ]
-    if summary["random_backbone"]:
-        lines += ["**The slide encoder of this model is random, not pretrained.**", ""]
-    for part, cases in summary["without_embedding"].items():
-        if cases:
-            lines += [f"{len(cases)} {part} cases hold nothing that the run reads.", ""]
-    for part in ("test", "val"):
-        table = headline_table(scores, part)
-        if not table.empty:
-            lines += [f"## {'Test' if part == 'test' else 'Validation'} cases", "", markdown(table)]
-    if not comparison.empty:
-        shown = comparison[comparison["metric"].isin(HEADLINES) & (comparison["split"] == "test")]
-        lines += ["## Differences, first minus second, test cases", "", markdown(shown)]
-    lines += ["## Fits of the probes", "", markdown(fits)]
-    return "\n".join(lines)

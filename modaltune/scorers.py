@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from modaltune.class_resamples import class_resamples
+from modaltune.class_resamples import score_class_counts
 from modaltune.classification_metrics import (
     auprc,
     auroc,
@@ -33,7 +33,7 @@ from modaltune.survival_metrics import (
     integrated_brier_score,
     uno_c_index,
 )
-from modaltune.survival_resamples import survival_resamples
+from modaltune.survival_resamples import score_survival_counts
 
 BETTER_LOW = ("brier", "calibration_error", "integrated_brier")
 
@@ -123,7 +123,7 @@ def class_scorer(
         tuple(names),
         ids,
         score,
-        class_resamples(truth, given, said, known, present),
+        score_class_counts(truth, given, said, known, present),
         truth,
         (truth != known[0]).astype(np.int64),
         left_out,
@@ -186,12 +186,11 @@ def survival_scorer(
     at, curves, months = np.zeros(0), None, np.zeros(0)
     if reference is not None:
         at = reference.auc_times
-        names += ["uno_c_index", *(f"auc_{t:.0f}m" for t in at), "mean_auc"]
+        names += ["uno_c_index", *area_names(at), "mean_auc"]
         notes |= _survival_notes(time, died, reference)
-        curves, months = _curves_to_score(own, time, reference)
-        if curves is not None:
+        if own.survival is not None:
             names.append("integrated_brier")
-            notes["integrated_brier"] = f"over {months[0]:.1f} to {months[-1]:.1f} months"
+            curves, months, notes["integrated_brier"] = _curves_to_score(own, time, reference)
 
     def score(rows: Ints) -> Floats:
         values = [harrell_c_index(time[rows], died[rows], risk[rows])]
@@ -206,7 +205,7 @@ def survival_scorer(
         return np.array(values)
 
     events = died.astype(np.int64)
-    resampled = survival_resamples(time, died, risk, reference, curves, months)
+    resampled = score_survival_counts(time, died, risk, reference, curves, months)
     return Scorer(tuple(names), ids, score, resampled, events, events, left_out, notes)
 
 
@@ -217,24 +216,40 @@ def _survival_notes(time: Floats, died: Floats, reference: SurvivalReference) ->
     if beyond:
         note += f": {beyond} cases followed longer, {late} deaths there not counted"
     notes = {"uno_c_index": note}
-    for t in reference.auc_times:
+    for name, t in zip(area_names(reference.auc_times), reference.auc_times, strict=True):
         if not ((died == 1) & (time <= t)).any() or not (time > t).any():
-            notes[f"auc_{t:.0f}m"] = "nobody dead by then, or nobody followed longer: undefined"
+            notes[name] = "nobody dead by then, or nobody followed longer: undefined"
     return notes
+
+
+def area_names(times: Floats) -> list[str]:
+    """Name the AUC at each time by its month, with as many decimals as it takes to differ."""
+    for digits in range(4):
+        names = [f"auc_{t:.{digits}f}m" for t in times]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _curves_to_score(
     own: Predictions, time: Floats, reference: SurvivalReference
-) -> tuple[Floats | None, Floats]:
-    """Return the curves at the times the Brier score runs over, within everyone's follow-up."""
+) -> tuple[Floats, Floats, str]:
+    """Return the curves at the times the Brier score runs over, within everyone's follow-up.
+
+    Returns:
+        Curves `[n, m]`, months `[m]` (none where the score is undefined), and what to say of them.
+    """
+    nothing = np.zeros((len(time), 0)), np.zeros(0)
     if own.survival is None or own.months is None or not len(time):
-        return None, np.zeros(0)
+        return *nothing, "no curve: undefined"
     first, last = reference.brier_times[[0, -1]]
     inside = (own.months >= first) & (own.months <= last) & (own.months < time.max())
-    curves = own.survival[:, inside]
-    if inside.sum() < 2 or np.isnan(curves).any():
-        return None, np.zeros(0)
-    return curves, own.months[inside]
+    months, curves = own.months[inside], own.survival[:, inside]
+    if len(months) < 2:
+        return *nothing, f"fewer than two months from {first:.1f} to {last:.1f}: undefined"
+    if unknown := int(np.isnan(curves).any(1).sum()):
+        return *nothing, f"{unknown} cases without a whole curve: undefined"
+    return curves, months, f"over {months[0]:.1f} to {months[-1]:.1f} months"
 
 
 def _column(labels: pd.DataFrame, name: str, missing: float) -> Floats:

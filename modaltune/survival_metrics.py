@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lifelines import KaplanMeierFitter
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
+from scipy.stats import CensoredData, ecdf, rankdata
 from sklearn.metrics import roc_auc_score
 
 from modaltune.errors import InputError
@@ -155,8 +154,8 @@ def dynamic_auc(
     usable = ~np.isnan(area)
     if not usable.any():
         return area, float("nan")
-    curve = KaplanMeierFitter().fit(time, died).survival_function_at_times(at[usable])
-    deaths = -np.diff(curve.to_numpy(np.float64), prepend=1.0)
+    curve = ecdf(CensoredData.right_censored(time, ~died)).sf.evaluate(at[usable])
+    deaths = -np.diff(curve, prepend=1.0)
     return area, float(np.average(area[usable], weights=deaths))
 
 

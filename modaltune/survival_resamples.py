@@ -18,7 +18,7 @@ from modaltune.resampling import Score
 from modaltune.survival_metrics import SurvivalReference
 
 
-def survival_resamples(
+def score_survival_counts(
     durations: Floats,
     events: Floats,
     risk: Floats,

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modaltune.class_resamples import class_resamples
+from modaltune.class_resamples import score_class_counts
 from modaltune.classification_metrics import (
     auprc,
     auroc,
@@ -52,14 +52,16 @@ def test_counts_equal_drawn_rows(seed: int, n: int, classes: int, rare: bool, di
     drawn = [np.arange(n), *(rng.integers(0, n, n) for _ in range(3)), rng.integers(0, n, 2)]
     counts = np.stack([np.bincount(rows, minlength=n).astype(float) for rows in drawn])
     want = [_plain(truth[rows], given[rows], said[rows], labels, over) for rows in drawn]
-    got = class_resamples(truth, given, said, labels, over)(counts)
+    got = score_class_counts(truth, given, said, labels, over)(counts)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
 
 
 def test_a_case_drawn_twice_counts_twice() -> None:
     truth, given = np.array([1, 0, 0]), np.array([[0.6, 0.4], [0.8, 0.2], [0.3, 0.7]])
     said = predicted_classes(given, np.array([0, 1]))
-    found = class_resamples(truth, given, said, [0, 1], [0, 1])(np.array([[1.0, 3, 1], [2, 0, 0]]))
+    found = score_class_counts(truth, given, said, [0, 1], [0, 1])(
+        np.array([[1.0, 3, 1], [2, 0, 0]])
+    )
     assert found[0, 0] == 3 / 4  # of four negatives, three lie below
     assert np.isnan(found[1, 0])
     assert found[0, 2] == 3 / 5  # the three copies are the only ones decided right

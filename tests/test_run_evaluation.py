@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from modaltune.cases_folder import CasesFolder, file_sha256
 from modaltune.cli import app
 from modaltune.cohort_embeddings import read_embeddings
 from modaltune.errors import CheckpointError, CohortError, InputError
-from modaltune.evaluated_cases import InputOptions, embed_cases, run_split
+from modaltune.evaluated_cases import InputOptions, embed_cases, run_split, seen_cases
+from modaltune.evaluation_report import class_names, report_markdown
 from modaltune.probe_files import load_probes
 from modaltune.result_rows import BootstrapOptions
 from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run, run_names
+from modaltune.splits import Split
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
 
 POINTS = BootstrapOptions(resamples=0)
@@ -89,11 +92,11 @@ def test_the_command(study: Study, tmp_path: Path) -> None:
     assert sorted([*one["case_id"], *gone]) == list(split.test)
 
 
-def test_what_is_printed(study: Study, tmp_path: Path) -> None:
+def test_what_is_printed(study: Study) -> None:
     said = CliRunner().invoke(
         app,
-        ["evaluate", str(study.runs[0]), "--out", str(tmp_path), "--bootstrap", "0",
-         "--no-pictures", "--compare", str(study.runs[1])],
+        ["evaluate", str(study.runs[0]), "--bootstrap", "0", "--no-pictures",
+         "--compare", str(study.runs[1])],
         env={"COLUMNS": "200"},
     )  # fmt: skip
     assert said.exit_code == 0, said.output
@@ -119,13 +122,13 @@ def test_embeddings_are_made_once(study: Study, tmp_path: Path) -> None:
 
 
 def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
-    alone = _evaluate(study, out=tmp_path / "alone")
-    table = pd.read_parquet(tmp_path / "alone" / "predictions.parquet")
+    alone = _evaluate(study)
+    own = study.runs[0] / "evaluation"
+    table = pd.read_parquet(own / "predictions.parquet")
     given = tmp_path / "given.csv"
     table[table["task"] == "survival"].to_csv(given, index=False)
     found = _evaluate(
         study,
-        out=tmp_path / "out",
         seeds=study.runs[1:],
         compare=((study.runs[1],), (given,)),
         bootstrap=BootstrapOptions(resamples=2),
@@ -149,7 +152,11 @@ def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
     )
     assert set(found.comparison["second"]) == {"seed1", "given"}
     assert set(found.comparison["seeds"]) == {"3 and 1"}
-    assert "## Differences, first minus second" in (tmp_path / "out" / "report.md").read_text()
+    assert "## Differences, first minus second" in (own / "report.md").read_text()
+    with pytest.raises(InputError, match=r"seeds must be different runs, got .*seed1 more than"):
+        _evaluate(study, seeds=(study.runs[1], study.runs[1]))
+    with pytest.raises(InputError, match=r"seeds must be different runs, got .*seed0 more than"):
+        _evaluate(study, seeds=study.runs[:1])
 
 
 def test_another_cohort(study: Study) -> None:
@@ -162,7 +169,20 @@ def test_another_cohort(study: Study) -> None:
     assert load_probes(out).sites == ("bladder",)
     assert (study.runs[0] / "probes.json").read_bytes() == before
     assert not found.summary["own_cases"]
-    first = _evaluate(study, cases=(study.other.path,), probes="run")
+    with pytest.raises(CheckpointError, match="got no fitted probes"):
+        _evaluate(study, cases=(study.other.path,), probes="run", seeds=study.runs[2:])
+    fitted = _evaluate(study._replace(runs=study.runs[2:]))
+    first = _evaluate(study, cases=(study.other.path,), probes="run", compare=((study.runs[2],),))
+    where = {"split": "test", "task": "survival", "metric": "c_index"}
+    alone = evaluate_run(
+        EvaluateRequest(run=study.runs[2], cases=(study.other.path,), probes="run",
+                        bootstrap=POINTS, pictures=False)
+    )  # fmt: skip
+    # Each run speaks through its own probes, of the first cohort: a rival as the run.
+    assert fitted.summary["own_cases"]
+    beside = _one(first.scores[first.scores["run"] == "seed2"], **where)["value"]
+    assert beside == _one(alone.scores, **where)["value"]
+    first = replace(first, scores=first.scores[first.scores["run"] == "seed0"])
     row = _one(first.scores, split="test", task="general", metric="auroc")
     assert row["n"] == 0
     assert "class of another site" in row["left_out"]
@@ -172,20 +192,22 @@ def test_another_cohort(study: Study) -> None:
     assert other["value"] != own["value"]
 
 
-def test_several_folders_are_several_sites(study: Study, tmp_path: Path) -> None:
+def test_several_folders_are_several_sites(study: Study) -> None:
     """A run of two cohorts: probes per site and pooled, and a classifier of the site."""
     folders = (study.cases.path, study.other.path)
-    found = _evaluate(study, cases=folders, out=tmp_path)
-    assert load_probes(tmp_path).sites == ("bladder", "breast")
+    found = _evaluate(study, cases=folders)
+    out = study.runs[0] / "evaluation-breast+bladder"
+    assert load_probes(out).sites == ("bladder", "breast")
     scopes = set(found.scores["scope"])
     assert scopes == {"pooled", "bladder", "breast", "mean of sites"}
-    again = embed_cases(study.runs[0], cases=folders[::-1])
+    again = embed_cases(study.runs[0], cases=folders[::-1], cache=study.runs[0] / "embeddings")
     assert again.cases_sha256 == found.summary["cases_sha256"]
     assert len(again.split.test) == len(study.cases.split().test) + len(study.other.split().test)
 
 
 def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:
-    by_run = embed_cases(study.runs[0], cases=(study.other.path,))
+    cache = study.runs[0] / "embeddings"
+    by_run = embed_cases(study.runs[0], cases=(study.other.path,), cache=cache)
     scaled = InputOptions(genes_scaled_by="cases")
     by_cases = embed_cases(study.runs[0], cases=(study.other.path,), options=scaled)
     assert not np.allclose(by_run.cases.embeddings, by_cases.cases.embeddings)
@@ -227,27 +249,54 @@ def test_genes_that_the_other_table_lacks(study: Study, tmp_path: Path) -> None:
 
 def test_refusals(study: Study, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(study.runs[0], copy, ignore=shutil.ignore_patterns("embeddings", "evaluation*"))
+    shutil.copytree(study.runs[0], copy, ignore=shutil.ignore_patterns("evaluation*"))
     split = json.loads((copy / "split.json").read_text())
     split["train"], split["test"] = split["test"], split["train"]
     (copy / "split.json").write_text(json.dumps(split))
     with pytest.raises(CohortError, match=r"must be new to every run, got .* trained on"):
-        _evaluate(study, out=tmp_path / "a", compare=((copy,),))
+        _evaluate(study, compare=((copy,),))
     with pytest.raises(CohortError, match=r"must be new to run .* got .* trained on"):
         embed_cases(copy, fold=0)
     (copy / "probes.json").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match="got no fitted probes"):
-        evaluate_run(EvaluateRequest(run=copy, probes="run", out=tmp_path / "b"))
+        evaluate_run(EvaluateRequest(run=copy, probes="run"))
     _evaluate(study)
     for name in ("probes.json", "probes.safetensors"):
         shutil.copy(study.runs[0] / name, study.runs[1] / name)
     with pytest.raises(CheckpointError, match="got probes of other weights"):
-        evaluate_run(EvaluateRequest(run=study.runs[1], probes="run", out=tmp_path / "c"))
+        evaluate_run(EvaluateRequest(run=study.runs[1], probes="run"))
     described = json.loads((copy / "run.json").read_text())
     described["info"] = {}
     (copy / "run.json").write_text(json.dumps(described))
     with pytest.raises(InputError, match="--cases must be given, since run"):
         embed_cases(copy)
+
+
+def test_a_test_case_that_chose_the_epoch_is_refused() -> None:
+    """Validation picked the epoch that a run kept: as test cases they would flatter it."""
+    own = Split(("a", "b"), ("c",), ("d", "e"))
+    assert seen_cases(own, own) == set()
+    assert seen_cases(own, Split(("a", "b"), ("d",), ("c", "e"))) == {"c"}
+    assert seen_cases(own, Split(("d",), ("a",), ("b",))) == {"a", "b"}
+    assert seen_cases(own, Split(("d", "e"), ("c",), ())) == set()
+    assert seen_cases(None, own) == set()
+
+
+def test_names_of_classes_and_what_a_report_warns_of(study: Study) -> None:
+    described = {"classes": {"from": "f", "names": {"BRCA": {"0": "ductal", "1": "lobular"}}}}
+    folder = replace(study.cases, description=described)
+    assert class_names([folder]) == ("ductal", "lobular")
+    assert class_names([folder, folder]) == ()
+    assert class_names([study.cases]) == ()
+    summary = {
+        "run": "r", "cases": "c", "split": {"test": 3}, "probes": "run", "random_backbone": False,
+        "bootstrap": {"resamples": 5}, "fit_on": "published", "without_embedding": {"test": []},
+    }  # fmt: skip
+    empty = pd.DataFrame(columns=["run", "task", "scope", "kind", "split", "metric"])
+    page = report_markdown(summary, empty, pd.DataFrame(), pd.DataFrame())
+    assert "saw validation and test cases" in page
+    page = report_markdown({**summary, "fit_on": "train"}, empty, pd.DataFrame(), pd.DataFrame())
+    assert "saw validation" not in page
 
 
 def test_names_of_runs_tell_them_apart(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from modaltune.result_rows import (
     mean_over,
     score_rows,
 )
-from modaltune.scorers import Scorer, class_scorer, survival_scorer
+from modaltune.scorers import Scorer, area_names, class_scorer, survival_scorer
 from modaltune.survival_metrics import SurvivalReference
 
 FAST = BootstrapOptions(resamples=40)
@@ -107,6 +107,44 @@ def test_every_case_is_scored_or_counted() -> None:
         "no label row": 1,
     }  # fmt: skip
     assert len(scorer.case_ids) + sum(scorer.left_out.values()) == 60
+
+
+def test_times_of_the_auc_have_names_that_differ() -> None:
+    assert area_names(np.array([3.2, 12.0, 30.4])) == ["auc_3m", "auc_12m", "auc_30m"]
+    assert area_names(np.array([3.2, 3.4, 30.0])) == ["auc_3.2m", "auc_3.4m", "auc_30.0m"]
+
+
+def test_a_brier_score_that_is_undefined_says_why() -> None:
+    labels = _labels()
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    said = _said(labels)
+    assert said.survival is not None
+    said.survival[3:5] = np.nan
+    rows = _by_name(score_rows([_need(survival_scorer(said, labels, reference))], FAST))
+    assert np.isnan(rows["integrated_brier"].value)
+    assert rows["integrated_brier"].note == "2 cases without a whole curve: undefined"
+    assert rows["c_index"].low < rows["c_index"].value < rows["c_index"].high
+
+
+def test_counts_and_rows_agree_whatever_a_scorer_is_made_of() -> None:
+    """Reordered, cut to some metrics, and as a mean over sites."""
+    labels = _labels(90)
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    said, ids = _said(labels), list(labels.index)
+    sites = [_need(survival_scorer(said, labels, reference, c)) for c in (ids[:40], ids[40:])]
+    mean = mean_over(sites)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(0, 40, 40), rng.integers(40, 90, 50)])
+    counts = np.bincount(rows, minlength=90)[None].astype(float)
+    np.testing.assert_allclose(mean.resampled(counts)[0], mean.score(rows), atol=1e-10)
+    short = _said(labels).take(ids[10:])
+    two = [_need(class_scorer(p, labels)) for p in (said, short)]
+    found = score_rows(two, FAST)
+    only = _need(class_scorer(said.take(ids[10:]), labels))
+    alone = score_rows([only], FAST)
+    assert [row.n for row in found[:1]] == [80]
+    assert found[0].value == pytest.approx(alone[0].value)
+    assert (found[0].low, found[0].high) == pytest.approx((alone[0].low, alone[0].high))
 
 
 def test_one_class_and_no_death() -> None:

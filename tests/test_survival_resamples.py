@@ -16,7 +16,7 @@ from modaltune.survival_metrics import (
     integrated_brier_score,
     uno_c_index,
 )
-from modaltune.survival_resamples import survival_resamples, swapped_c_index_gaps
+from modaltune.survival_resamples import score_survival_counts, swapped_c_index_gaps
 
 MONTHS = np.array([3.0, 7, 12, 20])
 
@@ -55,19 +55,19 @@ def test_counts_equal_drawn_rows(seed: int, n: int, deaths: float, grid: int) ->
     reference = SurvivalReference.fit(train[0], train[1])
     time, died, risk = _cohort(rng, n, deaths=deaths, grid=grid)
     curves = np.exp(-np.outer(np.exp(risk), MONTHS / 20))
-    score = survival_resamples(time, died, risk, reference, curves, MONTHS)
+    score = score_survival_counts(time, died, risk, reference, curves, MONTHS)
     drawn = [np.arange(n), *(rng.integers(0, n, n) for _ in range(3)), rng.integers(0, n, 2)]
     counts = np.stack([np.bincount(rows, minlength=n).astype(float) for rows in drawn])
     want = [_plain(time[rows], died[rows], risk[rows], reference, curves[rows]) for rows in drawn]
     np.testing.assert_allclose(score(counts), want, rtol=0, atol=1e-10)
-    alone = survival_resamples(time, died, risk, None)(counts)
+    alone = score_survival_counts(time, died, risk, None)(counts)
     np.testing.assert_array_equal(alone, np.array(want)[:, :1])
 
 
 def test_copies_of_a_case_are_no_pair() -> None:
     """Of three draws of one death and one of a survivor, three pairs can be compared."""
     reference = SurvivalReference.fit([1.0, 2, 3, 4, 5, 6], [1, 1, 1, 0, 0, 0])
-    score = survival_resamples(
+    score = score_survival_counts(
         np.array([1.0, 4, 1]), np.array([1.0, 0, 0]), np.array([0.0, 1, 0]), reference
     )
     found = score(np.array([[3.0, 1, 0], [3, 0, 0], [0, 2, 2], [3, 1, 2]]))
