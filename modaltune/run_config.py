@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRESETS = ("prov-gigapath", "titan", "small")
+PRESETS = ("prov-gigapath", "titan", "small", "genes")
 # Sections that say where and how often things are written: no figure depends on them.
 FREE_SECTIONS = ("output",)
 
