@@ -19,6 +19,7 @@ _LAZY = {
     "ModalTuneConfig": "modaltune.config",
     "load_probes": "modaltune.probe_files",
     "load_run": "modaltune.checkpoint",
+    "open_run": "modaltune.baseline_run",
     "open_slide": "modaltune.engine.readers",
     "predict_table": "modaltune.predict",
     "read_features": "modaltune.engine.store",
@@ -27,6 +28,7 @@ _LAZY = {
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
+    from modaltune.baseline_run import open_run as open_run
     from modaltune.cases import Case as Case
     from modaltune.cases import Cohort as Cohort
     from modaltune.cases_folder import CasesFolder as CasesFolder

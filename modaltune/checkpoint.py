@@ -14,33 +14,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modaltune.cases import Case, pack_cases
-from modaltune.config import ModalTuneConfig
+from modaltune.batch import CaseBatch
+from modaltune.config import ModalTuneConfig, PositionConvention
 from modaltune.engine.atomic import atomic_path, write_json_atomic
-from modaltune.engine.store import read_features
 from modaltune.errors import CheckpointError
 from modaltune.modal_stream import TASK
 from modaltune.modalities import Modality
 from modaltune.model import ModalTune
 from modaltune.preprocessing import Preprocessing
 from modaltune.targets import TextProjector
+from modaltune.trained_run import TrainedRun
 
 FORMAT_VERSION = 1
+LEARNER = "learner"  # the key that a baseline's description has in place of `config`
 WEIGHTS, DESCRIPTION = "model.safetensors", "run.json"
 _PROJECTOR = "projector."
 _BUILT_IN = (TASK, "genes", "clinical")
-_KEYS = ("config", "preprocessing", "projector", "extra_modalities", "weights_sha256", "info")
+_KEYS = ("preprocessing", "config", "projector", "extra_modalities", "weights_sha256", "info")
 
 
 @dataclass
-class Run:
+class Run(TrainedRun):
     """A loaded run: the model and what belongs to it.
 
     Attributes:
@@ -55,78 +55,75 @@ class Run:
     projector: TextProjector | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
-    def case(
-        self,
-        case_id: str,
-        slides: Sequence[str | Path] = (),
-        genes: Mapping[str, float] | pd.Series | None = None,
-        clinical: Mapping[str, Any] | None = None,
-    ) -> Case:
-        """Put one case together from files and values; leave out what is missing.
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the task prompts."""
+        return self.model.config.tasks
 
-        Args:
-            case_id: The patient.
-            slides: Feature files, of any producer that `read_features` knows.
-            genes: Expression by gene symbol, on the scale of the training table.
-            clinical: Fields of a clinical row, such as age, sex, site.
+    @property
+    def out_features(self) -> int:
+        """Width of an embedding."""
+        return self.model.config.out_features
 
-        Raises:
-            InputError: A file or value breaks a rule; the message names it.
-        """
-        values: dict[str, Tensor] = {}
-        if genes is not None:
-            row = pd.DataFrame([dict(genes)], index=pd.Index([case_id]))
-            values["genes"] = self.preprocessing.gene_values(row)[0]
-        if clinical is not None:
-            row = pd.DataFrame([dict(clinical)], index=pd.Index([case_id]))
-            features, known = self.preprocessing.clinical_values(row)
-            if bool(known[0]):
-                values["clinical"] = features[0]
-        read = tuple(read_features(path) for path in slides)
-        for features_of_slide in read:
-            if self.preprocessing.tiles is not None:
-                self.preprocessing.tiles.check(features_of_slide)
-        return Case(case_id, read, values)
+    @property
+    def random_backbone(self) -> bool:
+        """Whether the slide encoder is random, not pretrained; every output says so."""
+        return self.model.config.random_backbone
 
-    @torch.inference_mode()
-    def embed(self, cases: Sequence[Case], tasks: Sequence[int] | None = None) -> Tensor:
-        """Return raw embeddings `[B, T, out_features]` float32 on the CPU, one case at a time."""
-        self.model.eval()
-        device = self.model.modal_positions.device
-        convention = self.model.config.position_convention
-        width = self.model.slide_encoder.in_features
-        outputs = [
-            self.model(pack_cases([case], convention, width).to(device), tasks).float().cpu()
-            for case in cases
-        ]
-        count = len(self.model.config.tasks if tasks is None else tasks)
-        empty = torch.zeros(0, count, self.model.config.out_features)
-        return torch.cat(outputs) if outputs else empty
+    @property
+    def position_convention(self) -> PositionConvention:
+        """How the positions of tiles are counted."""
+        return self.model.config.position_convention
+
+    @property
+    def tile_width(self) -> int:
+        """Width of the tile features."""
+        return self.model.slide_encoder.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.modal_positions.device
+
+    def embed_batch(self, batch: CaseBatch, tasks: Sequence[int] | None) -> Tensor:
+        """Return raw embeddings `[B, T, out_features]` of packed cases on the model's device."""
+        return self.model(batch, tasks)
+
+    def described(self) -> dict[str, Any]:
+        """Return JSON values of which, with the weights, the model is built again."""
+        projector = self.projector
+        return {
+            "config": self.model.config.model_dump(mode="json"),
+            "projector": None if projector is None else [projector.text_dim, projector.out_dim],
+            # In token order: their learned positions follow it.
+            "extra_modalities": [m for m in self.model.spans if m not in _BUILT_IN],
+        }
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the weights file, the projector's among them."""
+        state = super().saved_tensors()
+        if self.projector is not None:
+            extra = self.projector.state_dict()
+            state |= {f"{_PROJECTOR}{name}": t.contiguous() for name, t in extra.items()}
+        return state
 
 
-def save_run(folder: str | Path, run: Run) -> Path:
+def save_run(folder: str | Path, run: TrainedRun) -> Path:
     """Write a run folder; the description comes last, so that a torn folder never counts as one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().contiguous() for name, t in run.model.state_dict().items()}
-    if run.projector is not None:
-        extra = run.projector.state_dict()
-        state.update({f"{_PROJECTOR}{name}": t.contiguous() for name, t in extra.items()})
+    state = run.saved_tensors()
     (folder / DESCRIPTION).unlink(missing_ok=True)
     with atomic_path(folder / WEIGHTS) as temporary:
         save_file({name: t.clone() for name, t in state.items()}, temporary)
-    projector = run.projector
     write_json_atomic(
         folder / DESCRIPTION,
         {
             "format": "modaltune-run",
             "format_version": FORMAT_VERSION,
+            **run.described(),
             "software_version": importlib.metadata.version("modaltune"),
-            "config": run.model.config.model_dump(mode="json"),
             "preprocessing": run.preprocessing.to_dict(),
-            "projector": None if projector is None else [projector.text_dim, projector.out_dim],
-            # In token order: their learned positions follow it.
-            "extra_modalities": [m for m in run.model.spans if m not in _BUILT_IN],
             "weights_sha256": file_sha256(folder / WEIGHTS),
             "info": run.info,
         },
@@ -155,17 +152,17 @@ def load_run(
         CheckpointError: The folder is no complete run, is damaged, or needs other modules.
     """
     folder = Path(folder)
-    described = _read_description(folder)
+    described = read_description(folder)
+    if LEARNER in described:
+        raise CheckpointError(
+            f"run {folder} must be a tuned ModalTune, got the baseline "
+            f"{described[LEARNER]['kind']}; open it with modaltune.open_run"
+        )
     given, further = dict(extra_modalities or {}), described["extra_modalities"]
     if set(given) != set(further):
         raise CheckpointError(
             f"extra_modalities of run {folder} must be {further}, got {sorted(given)}; pass a "
             "fresh module for each"
-        )
-    if file_sha256(folder / WEIGHTS) != described["weights_sha256"]:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} must have the checksum that {DESCRIPTION} states, got another; "
-            "the file is damaged or was replaced: copy the run again"
         )
     try:
         preprocessing = Preprocessing.from_dict(described["preprocessing"])
@@ -191,7 +188,12 @@ def load_run(
     return Run(model.to(device).eval(), preprocessing, projector, described["info"])
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return `run.json`, checked, with the weights verified by their checksum.
+
+    Raises:
+        CheckpointError: The folder is no complete run, is damaged, or of a newer format.
+    """
     path = folder / DESCRIPTION
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise CheckpointError(
@@ -210,10 +212,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{path} must describe a modaltune run of format {FORMAT_VERSION} or older, got "
             f"{kind!r} {version}; update modaltune"
         )
-    missing = [key for key in _KEYS if key not in described]
+    keys = (LEARNER, *_KEYS[:1], *_KEYS[-2:]) if LEARNER in described else _KEYS
+    missing = [key for key in keys if key not in described]
     if missing:
         raise CheckpointError(
-            f"{path} must hold {', '.join(_KEYS)}, got no {', '.join(missing)}; copy the run again"
+            f"{path} must hold {', '.join(keys)}, got no {', '.join(missing)}; copy the run again"
+        )
+    if file_sha256(folder / WEIGHTS) != described["weights_sha256"]:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} must have the checksum that {DESCRIPTION} states, got another; "
+            "the file is damaged or was replaced: copy the run again"
         )
     return described
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -81,6 +82,22 @@ def profile(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Of products and attention; auto: bfloat16 on a GPU, float32 elsewhere."),
     ] = "auto",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Configuration of `modaltune train`: how busy its loop is on its cases, instead.",
+            metavar="TOML",
+        ),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change one field of --config, may be repeated.", metavar="KEY.SUB=VALUE"
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Training steps to take of --config; the first is not timed.")
+    ] = 50,
     out: Annotated[Path, typer.Option(help="Folder for trace, table and picture.")] = Path(
         "modaltune-profile"
     ),
@@ -91,7 +108,13 @@ def profile(
     Runs one case of random tiles and all task prompts; time depends on sizes, not on values.
     Writes OUT/trace.json (open it in chrome://tracing or Perfetto), OUT/profile.json and
     OUT/stages.png. Stages carry the same names in Nsight Systems (NVTX).
+
+    --config trains --steps steps on the cases themselves, writing no run, and says how much of the
+    loop's time is computing and how much waiting for data (OUT/loop.json).
     """
+    if config is not None:
+        _profile_loop(config, sets or (), steps, run, out, as_json)
+        return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop lines are no news
     from modaltune import profile_report as report
 
@@ -131,6 +154,29 @@ def profile(
     out_console.print(f"idle {found.idle_share:.1%}; limit: {known}", highlight=False)
     for name in ("trace.json", "profile.json", "stages.png"):
         out_console.print(f"wrote {out / name}", highlight=False, soft_wrap=True)
+
+
+def _profile_loop(
+    config: Path, sets: Sequence[str], steps: int, run: Path | None, out: Path, as_json: bool
+) -> None:
+    from modaltune.errors import InputError
+    from modaltune.profile_loop import loop_table, profile_loop
+    from modaltune.run_config import load_run_config
+
+    if run is not None:
+        raise InputError(
+            f"--run must not stand beside --config, got {run}; the loop begins a model of its own"
+        )
+    found = profile_loop(load_run_config(config, sets=sets), steps)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / "loop.json", found)
+    if as_json:
+        print_json(found)
+        return
+    out_console.print(loop_table(found))
+    rates = f"{found['cases_per_s']:.3g} cases/s, {found['tiles_per_s']:,.0f} tiles/s"
+    out_console.print(f"busy {found['busy']:.1%}; {rates}", highlight=False)
+    out_console.print(f"wrote {out / 'loop.json'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _model(run: Path | None, device: str) -> ModalTune:

@@ -43,6 +43,9 @@ def train(
 ) -> None:
     """Tune a Modal Adapter on cases folders, towards the sentences of their labels.
 
+    --set learner.kind=… trains a baseline on classes and survival instead: linear_probe, abmil,
+    pathway_mlp, gene_mixer, mcat or late_fusion.
+
     Everything is fitted on the training split. Each epoch is judged on the validation split; the
     best is kept in the run folder (run.json, model.safetensors). Stopped or killed, the same
     command goes on where it was. On several GPUs: torchrun --nproc-per-node N -m modaltune train …
@@ -72,6 +75,7 @@ def train(
     chosen = run.info["chosen"]
     summary = {
         "out": str(read.output.folder),
+        "learner": read.learner.kind,
         "epochs": run.info["epochs"],
         "chosen": {name: chosen[name] for name in ("by", "value", "epoch")},
         "busy": run.info["busy"],
@@ -84,7 +88,8 @@ def train(
         name = chosen["by"].replace("_", " ")
         said = f"epoch {chosen['epoch']} of {run.info['epochs']}, validation {name} "
         out_console.print(f"kept {said}{chosen['value']:.3f}", highlight=False)
-    out_console.print(f"busy {run.info['busy']:.1%} of the loop's time", highlight=False)
+    if run.info["busy"] is not None:
+        out_console.print(f"busy {run.info['busy']:.1%} of the loop's time", highlight=False)
     if run.info["random_backbone"]:
         out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
     out_console.print(f"wrote {read.output.folder}", highlight=False, soft_wrap=True, markup=False)

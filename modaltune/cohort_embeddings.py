@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from modaltune.cases import Case, Cohort, prepare_cases
-from modaltune.checkpoint import Run
 from modaltune.engine.atomic import atomic_path
 from modaltune.errors import CohortError
 from modaltune.tables import name_few, naming_damage
+from modaltune.trained_run import TrainedRun
 
 CASES_IN_MEMORY = 16  # whose tile features are held at once
 ALIKE = 0.98  # cosine above which two different cases count as the same embedding
@@ -42,7 +42,7 @@ class CohortEmbeddings:
 
 
 def embed_cohort(
-    run: Run,
+    run: TrainedRun,
     cohort: Cohort,
     case_ids: Sequence[str] | None = None,
     on_case: Callable[[int, int], None] | None = None,
@@ -50,7 +50,7 @@ def embed_cohort(
     """Embed every case of a cohort; a missing modality is left out of that case only.
 
     Args:
-        run: The tuned model.
+        run: The trained model.
         cohort: Feature files and tables.
         case_ids: Which cases; those with at least one usable modality unless given.
         on_case: Called with cases done and cases in all.
@@ -93,15 +93,14 @@ def alike_share(embeddings: Tensor) -> float | None:
     return max(above, 0) / (count * (count - 1))
 
 
-def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -> Path:
+def write_embeddings(path: str | Path, run: TrainedRun, embeddings: CohortEmbeddings) -> Path:
     """Write `embeddings.parquet`: ids, task, modalities used, slides, tiles, embedding.
 
     The file's metadata (`modaltune`) says which model made it, and whether its slide encoder is
     random.
     """
     path = Path(path)
-    tasks = run.model.config.tasks
-    width = run.model.config.out_features
+    tasks, width = run.tasks, run.out_features
     rows: dict[str, list[Any]] = {
         name: [] for name in ("case_id", "task", "modalities", "slides", "tiles")
     }
@@ -116,8 +115,8 @@ def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -
     flat = pa.array(embeddings.values.reshape(-1).numpy())
     provenance = {
         **run.info,
-        "random_backbone": run.model.config.random_backbone,
-        "position_convention": run.model.config.position_convention,
+        "random_backbone": run.random_backbone,
+        "position_convention": run.position_convention,
         "alike_share": embeddings.alike_share,
     }
     table = pa.table(
@@ -127,9 +126,7 @@ def write_embeddings(path: str | Path, run: Run, embeddings: CohortEmbeddings) -
             "modalities": pa.array(rows["modalities"], pa.list_(pa.string())),
             "slides": pa.array(rows["slides"], pa.list_(pa.string())),
             "tiles": pa.array(rows["tiles"], pa.int64()),
-            "random_backbone": pa.array(
-                [run.model.config.random_backbone] * len(rows["task"]), pa.bool_()
-            ),
+            "random_backbone": pa.array([run.random_backbone] * len(rows["task"]), pa.bool_()),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
         }
     ).replace_schema_metadata({"modaltune": json.dumps(provenance)})

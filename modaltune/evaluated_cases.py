@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from modaltune.baseline_run import open_run
 from modaltune.cases import Cohort
 from modaltune.cases_folder import CasesFolder
-from modaltune.checkpoint import WEIGHTS, Run, file_sha256, load_run
+from modaltune.checkpoint import WEIGHTS, file_sha256
 from modaltune.cohort_embeddings import (
     case_modalities,
     embed_cohort,
@@ -28,6 +29,7 @@ from modaltune.gene_scaler import GeneScaler
 from modaltune.preprocessing import Preprocessing
 from modaltune.splits import Split
 from modaltune.train_cases import PooledCases, pool_cases
+from modaltune.trained_run import TrainedRun
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class EvaluatedCases:
     """
 
     name: str
-    run: Run
+    run: TrainedRun
     folders: tuple[CasesFolder, ...]
     split: Split
     is_own: bool
@@ -102,7 +104,7 @@ def run_split(run_folder: Path) -> Split | None:
     return Split.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def find_cases(run_folder: Path, run: Run, cases: Sequence[Path]) -> tuple[CasesFolder, ...]:
+def find_cases(run_folder: Path, run: TrainedRun, cases: Sequence[Path]) -> tuple[CasesFolder, ...]:
     """Open the cases folders given, or those that the run was trained on.
 
     Raises:
@@ -119,14 +121,14 @@ def find_cases(run_folder: Path, run: Run, cases: Sequence[Path]) -> tuple[Cases
     return tuple(CasesFolder.open(path) for path in paths)
 
 
-def is_own_cases(run: Run, folders: Sequence[CasesFolder]) -> bool:
+def is_own_cases(run: TrainedRun, folders: Sequence[CasesFolder]) -> bool:
     """Tell whether these are the cases that a run was trained on, by their content."""
     recorded = {source["sha256"] for source in run.info.get("cases") or ()}
     return recorded == {folder.sha256 for folder in folders}
 
 
 def _choose(
-    run_folder: Path, run: Run, folders: Sequence[CasesFolder], fold: int | None
+    run_folder: Path, run: TrainedRun, folders: Sequence[CasesFolder], fold: int | None
 ) -> PooledCases:
     """Pool the folders, with the run's own split of its own cases, else a fold of the folders.
 
@@ -186,7 +188,7 @@ def embed_cases(
         InputError: The run, the cases or their values break a rule.
     """
     chosen = options or InputOptions()
-    run = load_run(run_folder, device=device)
+    run = open_run(run_folder, device=device)
     folders = find_cases(run_folder, run, cases)
     pooled = _choose(run_folder, run, folders, fold)
     key = {
@@ -200,10 +202,10 @@ def embed_cases(
     table = _reusable(kept, key)
     if table is None:
         ready, cohort = _prepared(run.preprocessing, pooled, chosen)
-        told = replace(run, preprocessing=ready, info={**run.info, "embedded": key})
+        told = run.with_inputs(ready, {**run.info, "embedded": key})
         embedded = embed_cohort(told, cohort, on_case=progress)
         ids = tuple(case.case_id for case in embedded.cases)
-        tasks, values = told.model.config.tasks, embedded.values.numpy()
+        tasks, values = told.tasks, embedded.values.numpy()
         if kept is not None:
             write_embeddings(kept, told, embedded)
         used = {case.case_id: tuple(case_modalities(case)) for case in embedded.cases}

@@ -6,8 +6,8 @@ and a classifier of the site. Predictions that a model makes itself enter the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -108,6 +108,15 @@ class Evaluation:
     scorers: Mapping[Place, Scorer]
     groups: Mapping[Place, RiskGroups]
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def beside(self, other: Evaluation) -> Evaluation:
+        """Return one evaluation with the places of both, and the probes of the other."""
+        return replace(
+            other,
+            predictions={**self.predictions, **other.predictions},
+            scorers={**self.scorers, **other.scorers},
+            groups={**self.groups, **other.groups},
+        )
 
 
 def check_labels(clinical: pd.DataFrame) -> pd.DataFrame:
@@ -236,9 +245,11 @@ def evaluate_predictions(
     *,
     name: str,
     parts: Sequence[Literal["val", "test"]] = ("val", "test"),
+    foreign: Collection[str] = (),
 ) -> Evaluation:
     """Score what a model predicts itself, in the tables that embeddings get.
 
+    Class numbers of the cases named `foreign` mean other diagnoses than the model's: left out.
     Survival metrics are weighted by the training cases of `split`; risk groups are cut at the
     median risk predicted for them, and left out where there are no such predictions.
     """
@@ -257,6 +268,7 @@ def evaluate_predictions(
         cut = float(np.median(known)) if len(known) else None
     scope = ScopeProbes(None, None, cut, reference)
     collected = _Collected(labels)
+    collected.foreign = set(foreign)
     for part in parts:
         asked = split.parts[part]
         ids = [case for case in asked if case in set(predictions.case_ids)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,14 @@ def comparison_table(
 ) -> pd.DataFrame:
     """Return first minus second on the patients of both, per split, task prompt and metric.
 
-    Direct predictions of one side are compared with every task prompt of the other.
+    Direct predictions of either side are compared with every task prompt of the other.
 
     Args:
         first, second: Runs; several of one side are seeds, whose means are compared.
         options: Of the paired bootstrap; its seed and size also serve the permutation tests.
     """
     rows = []
-    for place in first[0].scorers:
-        other = place if place in second[0].scorers else place._replace(task=DIRECT)
-        if other not in second[0].scorers:
-            continue
+    for place, other in _pairs(first[0].scorers, second[0].scorers):
         one = [e.scorers[place] for e in first]
         two = [e.scorers[other] for e in second]
         tests: Mapping[str, Mapping[str, float]] = {}
@@ -99,7 +96,7 @@ def comparison_table(
                 {
                     "first": first[0].name,
                     "second": second[0].name,
-                    **place._asdict(),
+                    **(other if place.task == DIRECT else place)._asdict(),
                     "metric": row.metric,
                     "first_value": row.first,
                     "second_value": row.second,
@@ -117,6 +114,19 @@ def comparison_table(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _pairs(first: Iterable[Place], second: Collection[Place]) -> Iterator[tuple[Place, Place]]:
+    """Yield the places to compare: the same one, or direct predictions with any task prompt."""
+    for place in first:
+        if place in second:
+            yield place, place
+        elif (direct := place._replace(task=DIRECT)) in second:
+            yield place, direct
+        elif place.task == DIRECT:
+            for other in second:
+                if place == other._replace(task=DIRECT):
+                    yield place, other
 
 
 def _tests(

@@ -5,7 +5,6 @@ Nothing is fitted here. A row per case and task prompt; a missing modality is le
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,29 +13,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 
+from modaltune.baseline_run import BaselineRun, open_run
 from modaltune.cases import Cohort, SlideReading
 from modaltune.cases_folder import CasesFolder
 from modaltune.cases_join import SlideTable, assign_slides, read_slide_table, slide_key
-from modaltune.checkpoint import WEIGHTS, Run, file_sha256, load_run
+from modaltune.checkpoint import WEIGHTS, file_sha256
 from modaltune.clinical import read_clinical
 from modaltune.cohort_embeddings import CohortEmbeddings, case_modalities, embed_cohort
-from modaltune.engine.atomic import atomic_path
 from modaltune.engine.feature_index import PT, index_features
 from modaltune.errors import CohortError, FeatureFileError, InputError
 from modaltune.evaluated_cases import MissingGenes, fill_missing_genes
+from modaltune.evaluation import DIRECT
 from modaltune.fitted_probes import POOLED, FittedProbes, site_names
 from modaltune.omics import read_expression
+from modaltune.prediction_files import write_predictions
 from modaltune.predictions import Predictions, predict_sites, predict_with
 from modaltune.probe_files import load_probes
 from modaltune.run_evaluation import check_probes
 from modaltune.survival_groups import group_of
 from modaltune.tables import name_few
+from modaltune.trained_run import TrainedRun
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ def predict_table(
         for scope in dict.fromkeys(scopes):
             rows = np.flatnonzero(scopes == scope)
             said = predict_with(fitted, [ids[r] for r in rows], x[rows], task, scope, when)
-            tables.append(_rows(fitted, said, task, scope, rows))
+            cut = fitted.probes[task, scope].risk_cut
+            tables.append(_rows(said, task, scope, cut, rows))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     if len(table):
         order = {task: k for k, task in enumerate(fitted.tasks)}
@@ -118,21 +119,35 @@ def _months(fitted: FittedProbes) -> Any:
     return np.arange(MONTHS_STEP, min(ends, default=0.0) + 1e-9, MONTHS_STEP)
 
 
+def direct_table(run: BaselineRun, case_ids: Sequence[str], embeddings: ArrayLike) -> pd.DataFrame:
+    """Predict cases by a baseline's own heads, in the columns of `predict_table`.
+
+    Args:
+        run: The trained baseline.
+        case_ids: n patients.
+        embeddings: `[n, 1, d]` of the same run.
+
+    Returns:
+        A row per case, its task `direct`; survival at the times that the head knows.
+    """
+    said = run.predict_embedded(case_ids, embeddings)
+    table = _rows(said, DIRECT, POOLED, run.info.get("risk_cut"), np.arange(len(case_ids)))
+    return table[_columns(table)]
+
+
 def _rows(
-    fitted: FittedProbes, said: Predictions, task: str, scope: str, rows: Any
+    said: Predictions, task: str, scope: str, risk_cut: float | None, rows: Any
 ) -> pd.DataFrame:
-    own = fitted.probes[task, scope]
     columns: dict[str, Any] = {"row": rows, "case_id": list(said.case_ids)}
     columns |= {"task": task, "scope": scope}
     if said.probabilities is not None and said.labels is not None:
         for k, label in enumerate(said.labels):
             columns[f"class_{label}"] = said.probabilities[:, k]
         columns["predicted_class"] = said.labels[said.probabilities.argmax(1)]
-    if said.risk is not None and said.survival is not None and said.months is not None:
+    if said.risk is not None:
         columns["risk"] = said.risk
-        columns["risk_group"] = group_of(
-            said.risk, np.nan if own.risk_cut is None else own.risk_cut
-        )
+        columns["risk_group"] = group_of(said.risk, np.nan if risk_cut is None else risk_cut)
+    if said.survival is not None and said.months is not None:
         for k, month in enumerate(said.months):
             columns[f"survival_{month:g}m"] = said.survival[:, k]
     return pd.DataFrame(columns)
@@ -181,9 +196,8 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
         raise InputError(
             f"--out must end in {', '.join(FORMATS)}, got {request.out.name}; choose one"
         )
-    run = load_run(request.run, device=request.device)
-    fitted = load_probes(request.probes or request.run)
-    check_probes(fitted, file_sha256(request.run / WEIGHTS), request.probes or request.run)
+    run = open_run(request.run, device=request.device)
+    speaker = _speaker(request, run)
     cohort = _cohort(request)
     if (
         run.preprocessing.genes is not None
@@ -198,7 +212,11 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
     if cohort.clinical is not None:
         known = cohort.clinical.set_axis(cohort.clinical.index.map(str), axis=0)
         sites = list(site_names(known.reindex(ids)))
-    table = predict_table(fitted, ids, embedded.values.numpy(), sites=sites)
+    values = embedded.values.numpy()
+    if isinstance(speaker, BaselineRun):
+        fitted, table = None, direct_table(speaker, ids, values)
+    else:
+        fitted, table = speaker, predict_table(speaker, ids, values, sites=sites)
     write_predictions(request.out, table, run, embedded, fitted)
     skipped = sorted(set(cohort.case_ids) - set(ids))
     if skipped:
@@ -211,12 +229,22 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
         "cases": len(ids),
         "cases_by_inputs": {kind: used.count(kind) for kind in sorted(set(used))},
         "without_inputs": skipped,
-        "tasks": list(fitted.tasks),
-        "random_backbone": run.model.config.random_backbone,
+        "tasks": list(dict.fromkeys(table["task"])),
+        "random_backbone": run.random_backbone,
     }
 
 
-def _embed(run: Run, cohort: Cohort, console: Console | None) -> CohortEmbeddings:
+def _speaker(request: PredictRequest, run: TrainedRun) -> FittedProbes | BaselineRun:
+    """Return what predicts: saved probes, or a baseline's own heads unless probes are given."""
+    if isinstance(run, BaselineRun) and not run.is_probed and request.probes is None:
+        return run
+    folder = request.probes or request.run
+    fitted = load_probes(folder)
+    check_probes(fitted, file_sha256(request.run / WEIGHTS), folder)
+    return fitted
+
+
+def _embed(run: TrainedRun, cohort: Cohort, console: Console | None) -> CohortEmbeddings:
     if console is None:
         return embed_cohort(run, cohort)
     with Progress(console=console, transient=True) as progress:
@@ -290,67 +318,3 @@ def _slides(
             )
             reading[path] = SlideReading(base, target, row["encoder"])
     return found, reading
-
-
-def write_predictions(
-    path: Path, table: pd.DataFrame, run: Run, embedded: CohortEmbeddings, fitted: FittedProbes
-) -> Path:
-    """Write predictions with their embeddings as Parquet, CSV or h5ad, by the file's suffix.
-
-    Parquet and CSV have a row per case and task prompt. h5ad has a row per case: X is the embedding
-    of the first prompt, `obsm` those of all, `obs` the predictions as `<task>_<column>`.
-    """
-    used = {c.case_id: "+".join(case_modalities(c)) for c in embedded.cases}
-    tiles = {c.case_id: sum(len(s) for s in c.slides) for c in embedded.cases}
-    full = table.copy()
-    full.insert(2, "modalities", full["case_id"].map(used))
-    full.insert(3, "tiles", full["case_id"].map(tiles).astype("int64"))
-    full.insert(4, "random_backbone", run.model.config.random_backbone)
-    provenance = {
-        **run.info,
-        "random_backbone": run.model.config.random_backbone,
-        "probes": dict(fitted.info),
-    }
-    with atomic_path(path) as temporary:
-        if path.suffix == ".h5ad":
-            _write_h5ad(temporary, full, embedded, fitted, provenance)
-        elif path.suffix == ".csv":
-            flat = embedded.values.reshape(len(full), -1).numpy()
-            names = [f"embedding_{k}" for k in range(flat.shape[1])]
-            wide = pd.concat([full, pd.DataFrame(flat, columns=names)], axis=1)
-            wide.to_csv(temporary, index=False)
-        else:
-            width = embedded.values.shape[-1]
-            flat = pa.array(embedded.values.reshape(-1).numpy())
-            rows = pa.Table.from_pandas(full, preserve_index=False)
-            rows = rows.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, width))
-            text = json.dumps(provenance)
-            pq.write_table(rows.replace_schema_metadata({"modaltune": text}), temporary)
-    return path
-
-
-def _write_h5ad(
-    path: Path,
-    full: pd.DataFrame,
-    embedded: CohortEmbeddings,
-    fitted: FittedProbes,
-    provenance: dict[str, Any],
-) -> None:
-    try:
-        import anndata
-    except ImportError as error:
-        raise InputError(
-            "h5ad must be written by anndata, got an installation without it; pip install "
-            "'modaltune[anndata]', or write Parquet"
-        ) from error
-    about = ["modalities", "tiles", "random_backbone"]
-    per_case = full.drop_duplicates("case_id").set_index("case_id")[about].copy()
-    for task in fitted.tasks:
-        own = full[full["task"] == task].set_index("case_id").drop(columns=["task", *about])
-        per_case = per_case.join(own.add_prefix(f"{task}_"))
-    values = embedded.values.numpy()
-    data = anndata.AnnData(X=values[:, 0], obs=per_case)
-    for column, task in enumerate(fitted.tasks):
-        data.obsm[f"X_{task}"] = values[:, column]
-    data.uns["modaltune"] = json.dumps(provenance)
-    data.write_h5ad(path)

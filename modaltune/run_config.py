@@ -16,9 +16,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from modaltune.baselines.registry import BASELINES
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
 from modaltune.labels import ROWS
+from modaltune.learner_config import BaselineSection, LearnerSection, ModalTuneSection
 from modaltune.train_config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -27,6 +29,9 @@ else:
     import tomli as tomllib
 
 PRESETS = ("prov-gigapath", "titan", "small", "genes")
+_READ = {"image": "slides", "genes": "genes"}
+# Names of choices between sections, which stand in a fault's place beside the fields.
+_CHOICES = ("longnet", "titan", "modaltune", *BASELINES)
 # Sections that say where and how often things are written: no figure depends on them.
 FREE_SECTIONS = ("output",)
 
@@ -135,6 +140,11 @@ class TrainingSection(TrainConfig):
         ge=0,
         description="validations without a better one after which training ends; 0: never",
     )
+    choose_by: Literal["balanced_accuracy", "c_index", "loss"] = Field(
+        "balanced_accuracy",
+        description="figure of validation that the epoch kept is best in, and that early_stop "
+        "waits for; without it the first of balanced_accuracy, c_index that there is",
+    )
     cases_per_batch: int = Field(1, gt=0, description="cases embedded at once in validation")
 
 
@@ -159,6 +169,7 @@ class RunConfig(_Section):
     preset: str | None = Field(None, description=f"base of all else: {', '.join(PRESETS)}")
     cases: CasesSection = CasesSection()
     inputs: InputsSection = InputsSection()
+    learner: LearnerSection = ModalTuneSection()
     model: ModelSection = ModelSection()
     text: TextSection = TextSection()
     training: TrainingSection = TrainingSection()
@@ -171,7 +182,36 @@ class RunConfig(_Section):
         strange = [task for task in self.model.tasks if task not in ROWS]
         if strange:
             raise ValueError(f"model.tasks must be among {', '.join(ROWS)}, got {strange}")
+        self._check_learner()
         return self
+
+    def _check_learner(self) -> None:
+        """Refuse a baseline one of whose inputs is turned off."""
+        if not isinstance(self.learner, BaselineSection):
+            return
+        kind = BASELINES[self.learner.kind]
+        needed = {"image": kind.reads_tiles, "genes": kind.reads_genes}
+        for name, is_read in needed.items():
+            if is_read and not getattr(self.inputs, name):
+                others = [
+                    other
+                    for other, one in BASELINES.items()
+                    if not (one.reads_tiles if name == "image" else one.reads_genes)
+                ]
+                raise ValueError(
+                    f"inputs.{name} must be true for learner.kind = {self.learner.kind}, which "
+                    f"reads {_READ[name]}, got false; set it to true, or choose "
+                    f"{' or '.join(others)}"
+                )
+
+    @property
+    def read_inputs(self) -> InputsSection:
+        """The inputs that the learner reads: a baseline has no clinical tokens."""
+        if not isinstance(self.learner, BaselineSection):
+            return self.inputs
+        kind = BASELINES[self.learner.kind]
+        read = {"image": kind.reads_tiles, "genes": kind.reads_genes, "clinical": "none"}
+        return self.inputs.model_copy(update=read)
 
     @property
     def text_rows(self) -> list[int]:
@@ -213,8 +253,9 @@ def load_run_config(
         layers = tomllib.loads(_preset_text(named))
     merged = _merge(layers, {**given, **({} if named is None else {"preset": named})})
     encoder = (merged.get("model") or {}).get("slide_encoder")
-    if isinstance(encoder, dict):
-        encoder.setdefault("kind", "longnet")
+    for section, kind in ((encoder, "longnet"), (merged.get("learner"), "modaltune")):
+        if isinstance(section, dict):
+            section.setdefault("kind", kind)
     try:
         return RunConfig.model_validate(_nones(merged, RunConfig))
     except ValidationError as error:
@@ -306,11 +347,15 @@ def _said(error: ValidationError) -> str:
     """Say every fault of a configuration in one message: field, rule, value, what is allowed."""
     lines = []
     for fault in error.errors():
-        where = [str(part) for part in fault["loc"] if part not in ("longnet", "titan")]
-        name = ".".join(where) or "configuration"
+        name = ".".join(str(part) for part in fault["loc"] if part not in _CHOICES)
+        name = name or "configuration"
         if fault["type"] == "extra_forbidden":
-            allowed = ", ".join(_fields_beside(where))
+            allowed = ", ".join(_fields_beside(fault["loc"]))
             lines.append(f"{name} must be a known field, got it; allowed here: {allowed}")
+            continue
+        if fault["type"] == "union_tag_invalid":
+            known = fault["ctx"]["expected_tags"].replace("'", "")
+            lines.append(f"{name}.kind must be one of {known}, got {fault['ctx']['tag']!r}")
             continue
         rule = fault["msg"].replace("Input should be", "be").replace("Value error, ", "")
         got = "" if fault["loc"] == () else f", got {fault['input']!r}"
@@ -318,9 +363,12 @@ def _said(error: ValidationError) -> str:
     return "; ".join(lines) + "; see: modaltune train --print-config"
 
 
-def _fields_beside(where: Sequence[str]) -> Iterable[str]:
+def _fields_beside(where: Sequence[int | str]) -> Iterable[str]:
     kinds: list[type[BaseModel]] = [RunConfig]
     for part in where[:-1]:
+        if part in _CHOICES:
+            kinds = [k for k in kinds if k.model_fields["kind"].default == part]
+            continue
         fields = [k.model_fields[part].annotation for k in kinds if part in k.model_fields]
         kinds = [model for annotation in fields for model in _models(annotation)]
     return dict.fromkeys(name for kind in kinds for name in kind.model_fields)

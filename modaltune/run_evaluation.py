@@ -13,6 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modaltune.baseline_run import BaselineRun
 from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.errors import CheckpointError, CohortError
 from modaltune.evaluated_cases import EvaluatedCases, InputOptions, embed_cases, run_split
@@ -229,10 +230,20 @@ def _evaluated(
     main: EvaluatedCases,
     fitted: FittedProbes | None,
 ) -> Evaluation:
-    """Score one run on the parts of the main run's split."""
-    return evaluate_cases(
+    """Score one run on the parts of the main run's split; a baseline's own heads, too."""
+    probed = evaluate_cases(
         run.cases, main.split, name=run.name, fitted=fitted, penalizer=request.penalizer
     )
+    own = run.run
+    if not isinstance(own, BaselineRun) or own.is_probed:
+        return probed
+    cases = run.cases
+    said = own.predict_embedded(cases.case_ids, cases.embeddings)
+    sites = set(own.info["sites"])
+    site = cases.clinical["site"].dropna() if "site" in cases.clinical else pd.Series(dtype=object)
+    foreign = {str(case) for case in site[~site.isin(sites)].index} if sites else set()
+    direct = evaluate_predictions(said, cases.clinical, main.split, name=run.name, foreign=foreign)
+    return direct.beside(probed)
 
 
 def _tables(
@@ -329,7 +340,7 @@ def _summary(
         "penalizer": request.penalizer,
         "bootstrap": vars(request.bootstrap),
         "inputs": vars(request.inputs),
-        "random_backbone": main.run.model.config.random_backbone,
+        "random_backbone": main.run.random_backbone,
         "split": parts,
         "without_embedding": {part: list(cases) for part, cases in first.missing.items()},
         "seeds": [str(path) for path in request.seeds],

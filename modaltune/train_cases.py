@@ -91,7 +91,9 @@ def pool_cases(folders: Sequence[CasesFolder], fold: int = 0) -> PooledCases:
     union = Split(*(sum((s.parts[p] for s in splits), ()) for p in splits[0].parts))
     clinical = pd.concat([folder.clinical for folder in folders])
     cohort = Cohort(slides, _shared_genes(folders), clinical, reading)
-    sources = [{"path": str(f.path), "sha256": f.sha256, "fold": fold} for f in folders]
+    sources = [
+        {"path": str(f.path.resolve()), "sha256": f.sha256, "fold": fold} for f in folders
+    ]  # found again from any working directory
     return PooledCases(cohort, tables[0] if tables else None, union, site, tuple(sources))
 
 
@@ -110,7 +112,11 @@ def _shared_genes(folders: Sequence[CasesFolder]) -> pd.DataFrame | None:
 
 
 def fit_inputs(
-    pooled: PooledCases, inputs: InputsSection, *, stage_in_targets: bool = True
+    pooled: PooledCases,
+    inputs: InputsSection,
+    *,
+    stage_in_targets: bool = True,
+    learner: str = "modaltune",
 ) -> Preprocessing:
     """Fit what stands beside the weights, and miss nothing that was asked for.
 
@@ -119,6 +125,7 @@ def fit_inputs(
         inputs: Which inputs there are, and the policies.
         stage_in_targets: Whether a target sentence holds the stage, worth a warning beside it as
             an input (REQUIREMENTS 37).
+        learner: What is trained; a baseline can't leave an input out.
 
     Raises:
         CohortError: An input asked for is in none of the cases fitted on.
@@ -136,16 +143,18 @@ def fit_inputs(
         unseen=inputs.unseen_categories,
         stage_in_targets=stage_in_targets,
     )
-    if inputs.genes and fitted.pathways is None:
-        raise CohortError(
-            "inputs.genes needs expression and pathways of training cases, got none; build the "
-            "cases folder with both, or set inputs.genes = false"
-        )
-    if inputs.image and fitted.tiles is None:
-        raise CohortError(
-            "inputs.image needs feature files of training cases, got none; build the cases "
-            "folder with --features, or set inputs.image = false"
-        )
+    for name, found, needs, build in (
+        ("genes", fitted.pathways, "expression and pathways", "both"),
+        ("image", fitted.tiles, "feature files", "--features"),
+    ):
+        if getattr(inputs, name) and found is None:
+            who, instead = f"inputs.{name}", f"set inputs.{name} = false"
+            if learner != "modaltune":
+                who, instead = f"learner.kind = {learner}", "choose another learner.kind"
+            raise CohortError(
+                f"{who} needs {needs} of training cases, got none; build the cases folder with "
+                f"{build}, or {instead}"
+            )
     return fitted
 
 

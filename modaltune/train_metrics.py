@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modaltune.batch import CaseBatch
 from modaltune.engine.atomic import atomic_path
 from modaltune.errors import InputError
 
@@ -46,6 +49,29 @@ class LoopClock:
         """Share of the time that is computed in."""
         return self.compute_s / self.wall_s if self.wall_s else 0.0
 
+    def count(
+        self,
+        batches: Sequence[CaseBatch],
+        slides: Mapping[str, int],
+        took_s: float,
+        waited_s: float,
+    ) -> int:
+        """Add a step; return its tiles.
+
+        Args:
+            batches: What it computed.
+            slides: Slides of each case.
+            took_s: Seconds from the end of the step before.
+            waited_s: Of these, waiting for data.
+        """
+        tiles = sum(batch.tiles.shape[0] for batch in batches)
+        self.compute_s += took_s - waited_s
+        self.waited_s += waited_s
+        self.cases += sum(batch.num_cases for batch in batches)
+        self.slides += sum(slides.get(c, 0) for batch in batches for c in batch.case_ids)
+        self.tiles += tiles
+        return tiles
+
     def rates(self) -> dict[str, float]:
         """Return the split and what was done per second."""
         wall = self.wall_s or 1.0
@@ -75,26 +101,34 @@ class MetricsLog:
         tensorboard: Write event files under `tensorboard/`, too.
         wandb: Project to send numbers to, or None.
         until: Records of later steps are dropped: a run that goes on from there writes them again.
+        config: Of the run, JSON values that wandb shows beside the numbers.
 
     Raises:
         InputError: A package asked for is not installed; says how to get it.
     """
 
     def __init__(
-        self, folder: Path, *, tensorboard: bool = False, wandb: str | None = None, until: int = 0
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        until: int = 0,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = folder / METRICS
+        self._board = _tensorboard(folder / "tensorboard", until) if tensorboard else None
+        self._wandb = None if wandb is None else _wandb(wandb, folder, until, config or {})
         self._trim(until)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", until) if tensorboard else None
-        self._wandb = None if wandb is None else _wandb(wandb, folder)
 
     def _trim(self, until: int) -> None:
         kept = []
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
-                    is_kept = json.loads(line)["steps"] <= until
+                    record = json.loads(line)
+                    is_kept = record["steps"] <= until and record["kind"] != "end"
                 except (ValueError, KeyError, TypeError):
                     is_kept = False  # the last line of a killed run
                 kept += [line] if is_kept and until else []
@@ -132,23 +166,45 @@ class MetricsLog:
             self._wandb.finish()
 
 
+def check_loggers(*, tensorboard: bool, wandb: str | None) -> None:
+    """Refuse to log to what is not installed, before a run has prepared anything.
+
+    Raises:
+        InputError: A package asked for is not installed; says how to get it.
+    """
+    for package, is_asked, without in (
+        ("tensorboard", tensorboard, "set output.tensorboard = false"),
+        ("wandb", wandb is not None, "leave output.wandb out"),
+    ):
+        if is_asked and find_spec(package) is None:
+            raise InputError(
+                f"output.{package} needs the package {package}, got none; run: pip install "
+                f"'modaltune[{package}]', or {without}"
+            )
+
+
 def _tensorboard(folder: Path, until: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "output.tensorboard needs the package tensorboard, got none; run: pip install "
-            "'modaltune[tensorboard]', or set output.tensorboard = false"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=until + 1 if until else None)
 
 
-def _wandb(project: str, folder: Path) -> Any:
+def _wandb(project: str, folder: Path, until: int, config: Mapping[str, Any]) -> Any:
+    """Begin a run of Weights & Biases, or go on with the one that this run folder began."""
+    import wandb
+
+    kept = folder / "wandb" / "id"
+    if not (until and kept.is_file()):
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     try:
-        import wandb
-    except ImportError as error:
+        return wandb.init(
+            project=project, dir=str(folder), name=folder.name, config=dict(config),
+            id=kept.read_text(encoding="utf-8"), resume="allow",
+            settings=wandb.Settings(console="off"),  # the progress bar is no log
+        )  # fmt: skip
+    except wandb.errors.Error as error:
         raise InputError(
-            "output.wandb needs the package wandb, got none; run: pip install "
-            "'modaltune[wandb]', or leave output.wandb out"
+            f"output.wandb must reach project {project!r}, got: {error}; run wandb login, or set "
+            "WANDB_MODE=offline and send later with wandb sync"
         ) from error
-    return wandb.init(project=project, dir=str(folder), name=folder.name)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from modaltune.cases_folder import CasesFolder
 from modaltune.checkpoint import Run
-from modaltune.config import ModalTuneConfig
+from modaltune.config import ModalTuneConfig, PositionConvention
 from modaltune.errors import InputError, WeightsError
 from modaltune.labels import ROWS, label_cohort
+from modaltune.learner import Learner, ModalTuneLearner
+from modaltune.learner_config import AnyBaseline, ModalTuneSection
 from modaltune.model import ModalTune
 from modaltune.model_start import start_at_unit_gain
 from modaltune.preprocessing import Preprocessing
 from modaltune.run_config import RunConfig
 from modaltune.slide_encoders.longnet import LongNet
 from modaltune.slide_encoders.titan import TitanEncoder
-from modaltune.targets import Targets, TextProjector
+from modaltune.targets import TextProjector
 from modaltune.text_embeddings import PrecomputedText
 from modaltune.text_encoders import embed_labels, load_text_encoder
+from modaltune.train_baseline import begin_baseline, reads_slide_vectors
 from modaltune.train_cases import (
     PooledCases,
     StreamedCases,
@@ -35,6 +40,7 @@ from modaltune.train_cases import (
     pool_cases,
 )
 from modaltune.train_checkpoint import frozen_sha256
+from modaltune.trained_run import TrainedRun
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +55,17 @@ class Prepared:
     Attributes:
         config: Of the run.
         pooled: All cases.
-        run: The untrained model with what was fitted and its projector.
+        run: The untrained model with what was fitted.
+        learner: The same model, as the loop tunes it.
         train: Training cases with targets.
-        val: Validation cases with labels.
+        val: Validation cases with labels, and with text where there is some.
         facts: What a run that goes on must agree with.
     """
 
     config: RunConfig
     pooled: PooledCases
-    run: Run
+    run: TrainedRun
+    learner: Learner
     train: StreamedCases
     val: StreamedCases
     facts: dict[str, Any]
@@ -68,46 +76,109 @@ def prepare(config: RunConfig) -> Prepared:
     random.seed(config.training.seed)
     np.random.seed(config.training.seed)  # of libraries; nothing of ours draws from it
     torch.manual_seed(config.training.seed)
-    section = config.cases
+    recipe, section = config.training, config.cases
+    if recipe.epochs <= recipe.warmup_epochs:
+        logger.warning(
+            "training.warmup_epochs = %d is not shorter than training.epochs = %d: the learning "
+            "rate never reaches training.lr", recipe.warmup_epochs, recipe.epochs,
+        )  # fmt: skip
     opened = [CasesFolder.open(folder, features=section.features) for folder in section.folders]
     pooled = pool_cases(opened, section.fold)
-    split = pooled.split
-    if not split.train:
+    if not pooled.split.train:
         raise InputError("the split must hold training cases, got none; choose another cases.fold")
-    rows = config.text_rows
-    has_stage = bool(_ROWS_WITH_STAGE & set(rows)) and bool(pooled.clinical["stage"].notna().any())
-    preprocessing = fit_inputs(pooled, config.inputs, stage_in_targets=has_stage)
-    text, provenance = _text(config, pooled, split.train, preprocessing)
+    has_stage = bool(_ROWS_WITH_STAGE & set(config.text_rows)) and bool(
+        pooled.clinical["stage"].notna().any()
+    )
+    preprocessing = fit_inputs(
+        pooled, config.read_inputs, stage_in_targets=has_stage, learner=config.learner.kind
+    )
+    if isinstance(config.learner, ModalTuneSection):
+        run, learner, train, val = _modaltune(config, pooled, preprocessing)
+        run.info["stage_leak"] = config.inputs.clinical == "published" and has_stage
+    else:
+        run, learner, train, val = _baseline(config, config.learner, pooled, preprocessing)
+    run.info |= {
+        **_provenance(config, train, val),
+        "cases": list(pooled.sources),
+        "random_backbone": run.random_backbone,
+    }
+    facts = {"cases": list(pooled.sources), "frozen_weights": frozen_sha256(run.model)}
+    return Prepared(config, pooled, run, learner, train, val, facts)
+
+
+Begun = tuple[TrainedRun, Learner, StreamedCases, StreamedCases]
+
+
+def _modaltune(config: RunConfig, pooled: PooledCases, preprocessing: Preprocessing) -> Begun:
+    """Return ModalTune with its cases, which carry text targets."""
+    text, text_of_val, provenance = _text(config, pooled, preprocessing)
     torch.manual_seed(config.training.seed)  # whatever loading the text encoder drew
     model = build_model(config, preprocessing)
-    seed, inputs = config.text.projector_seed, config.inputs
-    projector = TextProjector(text.width, config.model.out_features, seed=seed)
-    unit = projector.project(text.lookup(split.train))[:, rows]
-    limit = TileLimit(inputs.tile_limit, inputs.max_tiles, inputs.tile_seed)
-
-    def served(cases: Sequence[str], targets: Targets) -> StreamedCases:
-        width, convention = model.slide_encoder.in_features, model.config.position_convention
-        return StreamedCases(pooled, cases, preprocessing, targets, convention, width, limit)
-
-    train = served(split.train, label_targets(pooled.clinical.loc[list(split.train)], unit))
-    val = served(split.val, label_targets(pooled.clinical.loc[list(split.val)], None))
+    projector = TextProjector(
+        text.width, config.model.out_features, seed=config.text.projector_seed
+    )
+    run = Run(model, preprocessing, projector, {"text": provenance})
+    rows = config.text_rows
+    unit = projector.project(text.lookup(pooled.split.train))[:, rows]
+    unit_of_val = _rows_or_nan(projector, text_of_val, pooled.split.val)[:, rows]
+    if config.training.choose_by == "loss" and bool(unit_of_val.isnan().all()):
+        raise InputError(
+            "training.choose_by must be a figure that validation has, got 'loss' without a text "
+            "embedding of any validation case; add them to text.embeddings, or choose by "
+            "balanced_accuracy"
+        )
+    shape = (model.config.position_convention, model.slide_encoder.in_features)
+    train = _served(config, pooled, preprocessing, "train", unit, shape)
+    val = _served(config, pooled, preprocessing, "val", unit_of_val, shape)
     if config.model.start == "unit_gain":
         start_at_unit_gain(model, _some_tiles(train), config.model.feature_gain)
-    facts = {"cases": list(pooled.sources), "frozen_weights": frozen_sha256(model)}
-    info = {
-        **_provenance(config, limit, train, val),
-        "cases": list(pooled.sources),
-        "random_backbone": model.config.random_backbone,
-        "text": provenance,
-        "stage_leak": inputs.clinical == "published" and has_stage,
-    }
-    return Prepared(config, pooled, Run(model, preprocessing, projector, info), train, val, facts)
+    return run, ModalTuneLearner(model, config.training), train, val
 
 
-def _provenance(
-    config: RunConfig, limit: TileLimit, train: StreamedCases, val: StreamedCases
-) -> dict[str, Any]:
+def _baseline(
+    config: RunConfig, section: AnyBaseline, pooled: PooledCases, preprocessing: Preprocessing
+) -> Begun:
+    """Return a baseline with its cases, which carry classes and survival."""
+    tiles = preprocessing.tiles
+    shape = (config.model.position_convention, 1 if tiles is None else tiles.width)
+    train = _served(config, pooled, preprocessing, "train", None, shape)
+    val = _served(config, pooled, preprocessing, "val", None, shape)
+    model = None
+    if reads_slide_vectors(section):
+        model = build_model(config, preprocessing)
+        if config.model.start == "unit_gain":
+            start_at_unit_gain(model, _some_tiles(train), config.model.feature_gain)
+    torch.manual_seed(config.training.seed)
+    run = begin_baseline(config, section, preprocessing, train, model)
+    run.info["sites"] = sorted(
+        pooled.clinical.loc[list(train.case_ids), "site"].dropna().astype(str).unique()
+    )
+    return run, run.learner, train, val
+
+
+def _served(
+    config: RunConfig,
+    pooled: PooledCases,
+    preprocessing: Preprocessing,
+    part: Literal["train", "val"],
+    text: Tensor | None,
+    shape: tuple[PositionConvention, int],
+) -> StreamedCases:
+    """Return the cases of a part of the split: how positions count and feature width are given."""
+    cases = pooled.split.parts[part]
+    targets = label_targets(pooled.clinical.loc[list(cases)], text)
+    return StreamedCases(pooled, cases, preprocessing, targets, *shape, tile_limit(config))
+
+
+def tile_limit(config: RunConfig) -> TileLimit:
+    """Return the limit of tiles that a configuration asks for."""
+    inputs = config.inputs
+    return TileLimit(inputs.tile_limit, inputs.max_tiles, inputs.tile_seed)
+
+
+def _provenance(config: RunConfig, train: StreamedCases, val: StreamedCases) -> dict[str, Any]:
     """Return what a run says of its configuration and of what it used of the cases."""
+    limit = tile_limit(config)
     left_out = {"train": train.without_inputs, "val": val.without_inputs}
     for part, cases in left_out.items():
         if cases:
@@ -176,13 +247,14 @@ def _load_weights(model: ModalTune, path: Path) -> None:
 
 
 def _text(
-    config: RunConfig, pooled: PooledCases, cases: Sequence[str], preprocessing: Preprocessing
-) -> tuple[PrecomputedText, dict[str, str]]:
-    """Embed the label sentences of the training cases, or look them up."""
+    config: RunConfig, pooled: PooledCases, preprocessing: Preprocessing
+) -> tuple[PrecomputedText, Mapping[str, Tensor], dict[str, str]]:
+    """Embed the label sentences of training and validation cases, or look them up."""
     section = config.text
     if section.embeddings is not None:
         text = PrecomputedText.load(section.embeddings)
-        return text, {"embeddings": str(section.embeddings), **text.provenance}
+        known = {"embeddings": str(section.embeddings), **text.provenance}
+        return text, text.embeddings, known
     encoder = load_text_encoder(
         section.encoder,
         section.pooling,
@@ -190,12 +262,26 @@ def _text(
         normalize=section.normalize,
         revision=section.revision,
     )
-    sentences = label_cohort(pooled.clinical.loc[list(cases)], preprocessing.survival)
-    text = embed_labels(sentences, encoder)
-    return text, dict(text.provenance)
+
+    def embedded(cases: Sequence[str]) -> PrecomputedText:
+        # Apart, so that no batch of the encoder holds sentences of both.
+        rows = pooled.clinical.loc[list(cases)]
+        return embed_labels(label_cohort(rows, preprocessing.survival), encoder)
+
+    text, val = embedded(pooled.split.train), pooled.split.val
+    return text, embedded(val).embeddings if val else {}, dict(text.provenance)
 
 
-def _some_tiles(train: StreamedCases) -> torch.Tensor | None:
+def _rows_or_nan(
+    projector: TextProjector, text: Mapping[str, Tensor], cases: Sequence[str]
+) -> Tensor:
+    """Return unit target rows `[n, rows, out]`; NaN for a case whose labels were not embedded."""
+    absent = torch.full((len(ROWS), projector.text_dim), math.nan)
+    rows = [text.get(case, absent) for case in cases]
+    return projector.project(torch.stack(rows)) if rows else projector.project(absent[None])[:0]
+
+
+def _some_tiles(train: StreamedCases) -> Tensor | None:
     """Return tile features of all training cases, a few of each where there are many."""
     counts = train.tiles_per_case
     with_tiles = sum(count > 0 for count in counts.values())

@@ -17,6 +17,12 @@ from rich.progress import (
 
 from modaltune.train_metrics import LoopClock
 
+_SHOWN = (
+    ("loss", "validation loss"),
+    ("balanced_accuracy", "balanced accuracy"),
+    ("c_index", "c-index"),
+)
+
 
 class TrainProgress:
     """A bar on a console, or nothing.
@@ -69,9 +75,7 @@ class TrainProgress:
         if self._console is None:
             return
         figures = "  ".join(
-            f"{label} {found[name]:.3f}"
-            for name, label in (("balanced_accuracy", "balanced accuracy"), ("c_index", "c-index"))
-            if found.get(name) is not None
+            f"{label} {found[name]:.3f}" for name, label in _SHOWN if found.get(name) is not None
         )
         mark = "  best so far" if is_best else ""
         self._console.print(

@@ -7,34 +7,32 @@ The folder holds `run.json` and `model.safetensors` (the best epoch by validatio
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from modaltune.checkpoint import DESCRIPTION, Run, save_run
-from modaltune.config import GENERAL
+from modaltune.baseline_run import BaselineRun
+from modaltune.checkpoint import DESCRIPTION, save_run
 from modaltune.config_text import to_toml
 from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.errors import InputError
-from modaltune.learner import ModalTuneLearner, embed_all
 from modaltune.processes import make_accelerator
 from modaltune.run_config import RunConfig
-from modaltune.train import Training, fit
+from modaltune.train import fit
+from modaltune.train_baseline import finish_baseline
 from modaltune.train_checkpoint import load_tuned
-from modaltune.train_metrics import MetricsLog
+from modaltune.train_metrics import MetricsLog, check_loggers
 from modaltune.train_prepare import Prepared, prepare
 from modaltune.train_progress import TrainProgress
 from modaltune.train_signals import StopRequest, stop_on_signals
+from modaltune.train_validation import validation_of
 from modaltune.train_watcher import RunWatcher
-from modaltune.validation import validate
+from modaltune.trained_run import TrainedRun
 
 CONFIG, SPLIT, CHECKPOINTS = "config.toml", "split.json", "checkpoints"
 
 
-def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
+def run_training(config: RunConfig, *, console: Console | None = None) -> TrainedRun:
     """Train, or go on training, and write the run folder `config.output.folder`.
 
     Args:
@@ -55,14 +53,13 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
             f"output.folder must not hold a finished run, got {out}; choose another folder, or "
             "evaluate that run"
         )
-    device = _device(config)
+    check_loggers(tensorboard=config.output.tensorboard, wandb=config.output.wandb)
+    device = device_of(config)
     with stop_on_signals() as stop:
         prepared = prepare(config)
-        model = prepared.run.model.to(device)
-        learner = ModalTuneLearner(model, config.training)
+        run, learner = prepared.run, prepared.learner
+        learner.model.to(device)
         accelerator = make_accelerator(learner, config.training)
-        if accelerator.is_main_process:
-            _describe(out, prepared)
         shown = console if accelerator.is_main_process else None
         watcher = _watcher(prepared, stop, shown)
         try:
@@ -77,11 +74,13 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> Run:
     accelerator.wait_for_everyone()
     best = watcher.best()
     if best is not None:
-        load_tuned(model, best)
-    run = prepared.run
-    run.model.to("cpu").eval()
-    run.info |= {"epochs": len(log), "chosen": vars(watcher.choice), "busy": clock.busy}
+        load_tuned(learner.model, best)
+    busy = clock.busy if clock.wall_s else None  # all steps were done by a run before
+    run.info |= {"epochs": len(log), "chosen": vars(watcher.choice), "busy": busy}
     if accelerator.is_main_process:
+        if isinstance(run, BaselineRun):
+            finish_baseline(run, prepared.train, config.training.cases_per_batch)
+        run.model.to("cpu").eval()
         save_run(out, run)
     accelerator.wait_for_everyone()
     return run
@@ -92,51 +91,30 @@ def _watcher(prepared: Prepared, stop: StopRequest, console: Console | None) -> 
 
     def open_metrics(steps: int) -> MetricsLog:
         board, project = output.tensorboard, output.wandb
-        return MetricsLog(output.folder, tensorboard=board, wandb=project, until=steps)
+        return MetricsLog(
+            output.folder, tensorboard=board, wandb=project, until=steps,
+            config=prepared.config.model_dump(mode="json"),
+        )  # fmt: skip
 
     return RunWatcher(
         prepared.config,
         output.folder / CHECKPOINTS,
         prepared.facts,
+        lambda: _describe(prepared),
         open_metrics,
-        _validation(prepared),
+        validation_of(prepared),
         prepared.train.slide_counts,
         stop,
         TrainProgress(console),
     )
 
 
-def _validation(prepared: Prepared) -> Callable[[Training], dict[str, Any]]:
-    """Return the validation of METHOD 4.4 with the same limit of tiles as training."""
-    train, val, site = prepared.train, prepared.val, prepared.pooled.site
-    config = prepared.config.training
-    tasks = prepared.run.model.config.tasks
-    # The general prompt, as published; the first one of a model without it.
-    prompt = tasks.index(GENERAL) if GENERAL in tasks else 0
+def device_of(config: RunConfig) -> torch.device:
+    """Return the device that a run trains on; of several processes each has its own.
 
-    def judge(training: Training) -> dict[str, Any]:
-        if len(val) == 0 or train.all_targets is None or val.all_targets is None:
-            return {}
-        learner = ModalTuneLearner(prepared.run.model, config, embed_tasks=(prompt,))
-        own, other = (
-            embed_all(
-                learner, cases, range(len(cases)), config.cases_per_batch, training.accelerator
-            )[:, 0].double().numpy()
-            for cases in (train, val)
-        )  # fmt: skip
-        return validate(
-            own,
-            other,
-            train.all_targets,
-            val.all_targets,
-            [site[case] for case in train.case_ids],
-            [site[case] for case in val.case_ids],
-        )
-
-    return judge
-
-
-def _device(config: RunConfig) -> torch.device:
+    Raises:
+        InputError: cuda is asked for and there is none.
+    """
     wanted = config.training.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("training.device must be one of this machine, got cuda; use cpu or auto")
@@ -145,10 +123,9 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _describe(out: Path, prepared: Prepared) -> None:
-    """Write what the run is, unless it goes on."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / CONFIG).is_file():
-        with atomic_path(out / CONFIG) as temporary:
-            temporary.write_text(to_toml(prepared.config), encoding="utf-8")
-        write_json_atomic(out / SPLIT, prepared.pooled.split.to_dict())
+def _describe(prepared: Prepared) -> None:
+    """Write what the run is: its configuration, as it goes on, and its split."""
+    out = prepared.config.output.folder
+    with atomic_path(out / CONFIG) as temporary:
+        temporary.write_text(to_toml(prepared.config), encoding="utf-8")
+    write_json_atomic(out / SPLIT, prepared.pooled.split.to_dict())

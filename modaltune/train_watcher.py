@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ from modaltune.train_signals import StopRequest, TrainingStopped
 logger = logging.getLogger(__name__)
 
 Validation = Callable[[Training], dict[str, Any]]
-# What a run is chosen by, the first of them that validation gives.
+# What a run is chosen by unless it is told, the first of them that validation gives.
 CHOSEN_BY = ("balanced_accuracy", "c_index")
+LOSS = "loss"  # of these figures the one of which less is better
 
 
 @dataclass
@@ -53,13 +55,25 @@ class Choice:
     checkpoint: str | None = None
     stale: int = 0
 
-    def offer(self, found: Mapping[str, Any], epoch: int) -> bool:
-        """Take note of a validation; whether it is at least as good as the best one."""
-        by = self.by or next((n for n in CHOSEN_BY if found.get(n) is not None), None)
+    def offer(self, found: Mapping[str, Any], epoch: int, first: str = CHOSEN_BY[0]) -> bool:
+        """Take note of a validation; whether it is at least as good as the best one.
+
+        Args:
+            found: Figures of the validation.
+            epoch: Epochs done.
+            first: The figure to choose by; without it the first of `CHOSEN_BY` that there is.
+        """
+        names = (first, *CHOSEN_BY)
+        by = self.by or next((n for n in names if found.get(n) is not None), None)
         value = None if by is None else found.get(by)
-        is_better = value is not None and (self.value is None or value > self.value)
-        self.stale = 0 if is_better else self.stale + 1
-        if by is not None and (value is None or (self.value is not None and value < self.value)):
+        gain = math.inf
+        if value is None:
+            gain = math.nan
+        elif self.value is not None:
+            gain = self.value - value if by == LOSS else value - self.value
+        if by is not None:  # without any figure there is nothing to wait for
+            self.stale = 0 if gain > 0 else self.stale + 1
+        if by is not None and not gain >= 0:
             return False
         self.by, self.value, self.epoch = by, value, epoch
         return True
@@ -73,6 +87,7 @@ class RunWatcher(Watcher):
         config: Of the run.
         folder: Of its checkpoints.
         facts: JSON values that a continued run must agree with (`check_same`).
+        describe: Writes what the run is; called where nothing speaks against going on.
         open_metrics: Opens the log, given the steps that are done.
         validation: Embeds and judges.
         slides: Slides of each case, for the rates.
@@ -85,6 +100,7 @@ class RunWatcher(Watcher):
     config: RunConfig
     folder: Path
     facts: Mapping[str, Any]
+    describe: Callable[[], None]
     open_metrics: Callable[[int], MetricsLog]
     validation: Validation
     slides: Mapping[str, int]
@@ -110,6 +126,7 @@ class RunWatcher(Watcher):
             logger.info("going on after %d steps", saved.state["steps"])
         steps = self._steps(training)
         if training.accelerator.is_main_process:
+            self.describe()
             self._metrics = self.open_metrics(steps)
         self.progress.start(self.config.training.epochs * self._per_epoch, steps)
         if self._ends_early():  # stopped early, and killed before the run was saved
@@ -127,13 +144,7 @@ class RunWatcher(Watcher):
         """Count, log, and write a checkpoint when one is due or the run is to stop."""
         now = time.perf_counter()
         took, clock = now - self._mark, self.clock
-        tiles = sum(batch.tiles.shape[0] for batch, _ in parts)
-        slides = sum(self.slides.get(c, 0) for batch, _ in parts for c in batch.case_ids)
-        clock.compute_s += took - waited_s
-        clock.waited_s += waited_s
-        clock.cases += sum(batch.num_cases for batch, _ in parts)
-        clock.slides += slides
-        clock.tiles += tiles
+        tiles = clock.count([batch for batch, _ in parts], self.slides, took, waited_s)
         steps, memory = self._steps(training), memory_mib(training.accelerator.device)
         values = {
             "epoch": training.epoch,
@@ -181,7 +192,7 @@ class RunWatcher(Watcher):
         if training.epoch % section.validate_every == 0 or is_last:
             self.progress.say(f"validating after epoch {training.epoch}")
             found = self.validation(training)
-            is_best = self.choice.offer(found, training.epoch)
+            is_best = self.choice.offer(found, training.epoch, section.choose_by)
             self._log("validation", steps, {"epoch": log.epoch, "best": is_best, **found})
             self.progress.validated(training.epoch, log.loss, found, is_best)
         ends = self._ends_early()

@@ -1,4 +1,4 @@
-"""Validation during training: linear probes on the embeddings of one task prompt."""
+"""Validation during training: probes on the embeddings of one task prompt, or a model's heads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
 
-from modaltune.evaluate import accuracy, balanced_accuracy
+from modaltune.evaluate import accuracy, balanced_accuracy, harrell_c_index
 from modaltune.probes import ProbeError, fit_cox, fit_logistic
 from modaltune.targets import Targets
 
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 COX_PENALTY = 0.1
 
 
@@ -75,13 +76,7 @@ def _one_site(
     try:
         probe = fit_logistic(train, train_targets.classes.numpy())
         if known.any():
-            predicted = probe.predict(val[known])
-            found["balanced_accuracy"] = balanced_accuracy(classes[known], predicted)
-            found["accuracy"] = accuracy(classes[known], predicted)
-            precision, recall, f1, _ = precision_recall_fscore_support(
-                classes[known], predicted, labels=probe.labels, zero_division=0.0
-            )
-            found |= {"recall": recall.tolist(), "precision": precision.tolist(), "f1": f1.tolist()}
+            found |= _class_figures(classes[known], probe.predict(val[known]), probe.labels)
     except ProbeError as error:
         logger.warning("validation: %s", error)
     try:
@@ -92,6 +87,43 @@ def _one_site(
             found["c_index"] = index if np.isfinite(index) else None
     except ProbeError as error:
         logger.warning("validation: %s", error)
+    return found
+
+
+def _class_figures(true: Ints, predicted: Ints, labels: Ints) -> dict[str, Any]:
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        true, predicted, labels=labels, zero_division=0.0
+    )
+    return {
+        "balanced_accuracy": balanced_accuracy(true, predicted),
+        "accuracy": accuracy(true, predicted),
+        "recall": recall.tolist(),
+        "precision": precision.tolist(),
+        "f1": f1.tolist(),
+    }
+
+
+def validate_heads(
+    probabilities: Floats | None, risk: Floats | None, targets: Targets
+) -> dict[str, Any]:
+    """Judge what a model's own heads say of validation cases, in the figures of `validate`.
+
+    Args:
+        probabilities: `[m, C]` of the classes 0..C - 1; None without a class head.
+        risk: `[m]`, higher dies sooner; None without a survival head.
+        targets: Classes and survival of the m cases.
+    """
+    found: dict[str, Any] = {"balanced_accuracy": None, "accuracy": None, "c_index": None}
+    classes = targets.classes.numpy()
+    known = classes >= 0
+    if probabilities is not None and known.any():
+        labels = np.arange(probabilities.shape[1])
+        found |= _class_figures(classes[known], probabilities[known].argmax(1), labels)
+    time, died = targets.durations.double().numpy(), targets.events.double().numpy()
+    followed = ~(np.isnan(time) | np.isnan(died))
+    if risk is not None and followed.any():
+        index = harrell_c_index(time[followed], died[followed], risk[followed])
+        found["c_index"] = index if np.isfinite(index) else None
     return found
 
 

@@ -20,7 +20,7 @@ from modaltune.cli import app
 from modaltune.config_text import to_toml
 from modaltune.errors import CheckpointError
 from modaltune.learner import ModalTuneLearner
-from modaltune.run_config import RunConfig
+from modaltune.run_config import RunConfig, load_run_config
 from modaltune.testing_training import tiny_run_config, write_training_cases
 from modaltune.train import Training
 from modaltune.train_checkpoint import (
@@ -196,7 +196,7 @@ def test_equal_is_as_good_and_the_later_one_is_kept() -> None:
     nothing = Choice()
     assert nothing.offer({}, 1)
     assert nothing.offer({}, 2)
-    assert nothing.epoch == 2
+    assert (nothing.epoch, nothing.stale) == (2, 0)  # nothing to wait for: no early stop
 
 
 def test_a_changed_configuration_is_refused_by_name(
@@ -216,7 +216,27 @@ def test_a_changed_configuration_is_refused_by_name(
     with pytest.raises(CheckpointError, match=r"another cases.folders, cases, frozen_weights"):
         run_training(changed)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
-    run_training(config(cases, out, "output.keep_last=5"))  # how much is kept is free
+    last = config(cases, out, "output.keep_last=5")  # how much is kept is free
+    run_training(last)
+    assert load_run_config(out / "config.toml") == last
+
+
+def test_a_run_killed_before_its_first_checkpoint_may_begin_anew_with_other_settings(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWatcher, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config(cases, out))
+    assert load_run_config(out / "config.toml") == config(cases, out)
+    other = config(cases, out, "training.lr=0.5", "training.epochs=1")
+    run_training(other)
+    assert load_run_config(out / "config.toml") == other
 
 
 def test_a_stopped_command_says_how_to_go_on(

@@ -275,6 +275,17 @@ def test_training_stops_early_when_validation_gets_no_better(cases: Path, tmp_pa
     assert [r["epoch"] for r in found] == list(range(1, run.info["epochs"], 2))
 
 
+def test_cases_given_by_a_relative_path_are_found_from_anywhere(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(cases.parent)
+    sets = ("cases.folders=['cases']", "training.epochs=1", "training.warmup_epochs=1")
+    with caplog.at_level(logging.WARNING):
+        run = run_training(tiny_run_config([cases], tmp_path / "run", *sets))
+    assert run.info["cases"][0]["path"] == str(cases)
+    assert "warmup_epochs = 1 is not shorter than training.epochs = 1" in caplog.text
+
+
 def test_validation_figures_are_those_of_the_probes() -> None:
     rng = np.random.default_rng(0)
     classes = np.arange(60) % 2

@@ -86,7 +86,10 @@ class SupervisedModel(nn.Module):
             InputError: The batch does not fit the baseline; the message names the case.
         """
         self.baseline.check(batch)
-        embedding = self.baseline(batch)
+        return self.heads(self.baseline(batch))
+
+    def heads(self, embedding: Tensor) -> Outputs:
+        """Return embeddings `[B, d]` beside what the heads make of them."""
         return Outputs(
             embedding,
             None if self.class_head is None else self.class_head(embedding),
@@ -106,6 +109,7 @@ class SupervisedLearner:
 
     Attributes:
         model: The baseline with its heads.
+        supervised: The same, as what it is.
 
     Raises:
         InputError: There is no head at all.
@@ -122,7 +126,7 @@ class SupervisedLearner:
         class_weights: Tensor | None = None,
         survival_weight: float = 1.0,
     ) -> None:
-        self.model = self._model = SupervisedModel(baseline, num_classes, survival)
+        self.model = self.supervised = SupervisedModel(baseline, num_classes, survival)
         self.class_weights, self.survival_weight = class_weights, survival_weight
 
     @classmethod
@@ -131,6 +135,7 @@ class SupervisedLearner:
         baseline: Baseline,
         targets: Targets,
         *,
+        classes: bool = True,
         survival: SurvivalKind | None = "hazard",
         bins: int = 4,
         cases_per_batch: int = 1,
@@ -142,6 +147,7 @@ class SupervisedLearner:
         Args:
             baseline: Trained in place.
             targets: Of the training cases, all of them, and no others.
+            classes: Whether to have a class head, where there are two classes.
             survival: Which survival head; None for none.
             bins: Bins of survival time.
             cases_per_batch: Cases that are pulled back together (per step, process and part of an
@@ -168,7 +174,7 @@ class SupervisedLearner:
             weights = counts.sum() / (len(counts) * counts.clamp(min=1).to(torch.float32))
         return cls(
             baseline,
-            num_classes=len(counts),
+            num_classes=len(counts) if classes else 0,
             survival=head,
             class_weights=weights,
             survival_weight=survival_weight,
@@ -186,7 +192,7 @@ class SupervisedLearner:
             if weights is not None:
                 weights = weights.to(outputs.logits)
             total = total + class_loss(_at_least_float32(outputs.logits), targets.classes, weights)
-        head = self._model.survival_head
+        head = self.supervised.survival_head
         if head is not None and outputs.survival is not None:
             raw = _at_least_float32(outputs.survival)
             own = head.loss(raw, targets.durations, targets.events)
@@ -197,7 +203,7 @@ class SupervisedLearner:
         self, batch: CaseBatch, targets: Targets, backward: Callable[[Tensor], None]
     ) -> Tensor:
         """See `modaltune.learner.Learner.accumulate`."""
-        loss = self.loss(self._model(batch), targets)
+        loss = self.loss(self.supervised(batch), targets)
         backward(loss)
         return loss.detach()
 
@@ -211,23 +217,39 @@ class SupervisedLearner:
         Raises:
             ProbeError: No death, or the risk does not vary.
         """
-        head = self._model.survival_head
+        head = self.supervised.survival_head
         if isinstance(head, CoxHead):
             head.fit_baseline(risk, targets.durations, targets.events)
 
     @torch.inference_mode()
     def embed(self, batch: CaseBatch) -> Tensor:
         """Return embeddings `[B, 1, d]` float32 without a graph, in whatever mode the model is."""
-        return self._model(batch).embedding.float().unsqueeze(1)
+        return self.supervised(batch).embedding.float().unsqueeze(1)
 
     @torch.inference_mode()
     def predict(self, batch: CaseBatch) -> Predictions:
         """Return what the heads say, in evaluation mode."""
         was_training = self.model.training
         self.model.eval()
-        outputs: Outputs = self._model(batch)
+        outputs: Outputs = self.supervised(batch)
         self.model.train(was_training)
-        head = self._model.survival_head
+        return self._read(outputs)
+
+    @torch.inference_mode()
+    def predict_embedded(self, embeddings: Tensor) -> Predictions:
+        """Return what the heads say of embeddings `[B, 1, d]` of `embed`."""
+        weight = next(self.model.parameters())
+        return self._read(self.supervised.heads(embeddings[:, 0].to(weight.device, torch.float32)))
+
+    @torch.inference_mode()
+    def loss_embedded(self, embeddings: Tensor, targets: Targets) -> Tensor:
+        """Return the mean loss over cases, a scalar, of embeddings `[n, 1, d]` of `embed`."""
+        weight = next(self.model.parameters())
+        outputs = self.supervised.heads(embeddings[:, 0].to(weight.device, torch.float32))
+        return self.loss(outputs, targets.to(weight.device))
+
+    def _read(self, outputs: Outputs) -> Predictions:
+        head = self.supervised.survival_head
         risk = survival = times = None
         if head is not None and outputs.survival is not None:
             raw = _at_least_float32(outputs.survival)
