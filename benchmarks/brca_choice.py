@@ -21,18 +21,15 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
+from modaltune.baseline_run import BaselineRun
 from modaltune.benchmarks.brca_runs import (
-    BATCH,
     LINEAR,
-    PRESET,
-    RIVALS,
+    OURS,
+    SETTINGS,
     Linear,
-    Rival,
     build,
     components_of,
-    fit_rival,
-    predict_rival,
-    served,
+    config_of,
 )
 from modaltune.benchmarks.harness import append_row, commit_id, results_folder, timestamp
 from modaltune.cases_folder import DESCRIPTION, CasesContent, CasesFolder, write_cases_folder
@@ -40,12 +37,11 @@ from modaltune.engine.errors import InputError
 from modaltune.evaluation import EmbeddedCases, Evaluation, evaluate_cases, evaluate_predictions
 from modaltune.fitting import fit_preprocessing
 from modaltune.labels import label_cohort
-from modaltune.learner import ModalTuneLearner, embed_all
-from modaltune.run_config import RunConfig, load_run_config
+from modaltune.learner import embed_all
+from modaltune.run_config import RunConfig
 from modaltune.splits import Split
 from modaltune.text_encoders import embed_labels, load_text_encoder
 from modaltune.train import EpochLog, Training, Watcher, fit
-from modaltune.train_cases import pool_cases
 from modaltune.train_prepare import Prepared, prepare
 
 CSV_NAME = "brca_choice.csv"
@@ -98,51 +94,43 @@ def embedded_labels(cases: CasesFolder, fold: int) -> Path:
 
 
 class _EachEpoch(Watcher):
-    """Scores the validation fold after some epochs."""
+    """Scores the validation fold after some epochs: by probes, or a rival by its own heads."""
 
-    def __init__(self, prepared: Prepared, learner: ModalTuneLearner, epochs: Sequence[int]):
-        self.prepared, self.learner, self.epochs = prepared, learner, epochs
+    def __init__(self, prepared: Prepared, epochs: Sequence[int]) -> None:
+        self.prepared, self.epochs = prepared, epochs
         self.found: dict[int, Evaluation] = {}
 
     def epoch(self, training: Training, log: EpochLog) -> bool:
-        done = log.epoch + 1
-        if done in self.epochs:
-            self.learner.model.eval()
-            parts = (self.prepared.train, self.prepared.val)
-            values = [embed_all(self.learner, p, range(len(p)), BATCH).numpy() for p in parts]
-            pooled = self.prepared.pooled
-            cases = EmbeddedCases(
-                (*parts[0].case_ids, *parts[1].case_ids),
-                np.concatenate(values),
-                self.prepared.config.model.tasks,
-                pooled.clinical,
-            )
-            self.found[done] = evaluate_cases(cases, pooled.split, parts=("val",))
+        if log.epoch + 1 in self.epochs:
+            self.found[log.epoch + 1] = self._judge()
         return False
 
+    def _judge(self) -> Evaluation:
+        prepared, run = self.prepared, self.prepared.run
+        labels, split = prepared.pooled.clinical, prepared.pooled.split
+        prepared.learner.model.eval()
+        parts, size = (prepared.train, prepared.val), prepared.config.training.cases_per_batch
+        values = [embed_all(prepared.learner, p, range(len(p)), size).numpy() for p in parts]
+        if isinstance(run, BaselineRun):
+            said = run.predict_embedded(parts[1].case_ids, values[1])
+            return evaluate_predictions(said, labels, split, name="rival", parts=("val",))
+        ids = (*parts[0].case_ids, *parts[1].case_ids)
+        cases = EmbeddedCases(ids, np.concatenate(values), run.tasks, labels)
+        return evaluate_cases(cases, split, parts=("val",))
 
-def judge_modaltune(
+
+def judge(
     cases: CasesFolder, fold: int, config: RunConfig, epochs: Sequence[int]
 ) -> dict[int, Evaluation]:
-    """Train on a fold's training cases; return what the probes score after some epochs."""
-    section = config.cases.model_copy(update={"folders": (cases.path,), "fold": fold})
-    text = config.text.model_copy(update={"embeddings": embedded_labels(cases, fold)})
-    training = config.training.model_copy(update={"seed": fold})
-    update = {"cases": section, "text": text, "training": training}
+    """Train on a fold's training cases; return the scores of the others after some epochs."""
+    update: dict[str, Any] = {"cases": config.cases.model_copy(update={"fold": fold})}
+    if config.learner.kind == OURS:
+        path = embedded_labels(cases, fold)
+        update["text"] = config.text.model_copy(update={"embeddings": path})
     prepared = prepare(config.model_copy(update=update))
-    learner = ModalTuneLearner(prepared.run.model, training)
-    watcher = _EachEpoch(prepared, learner, epochs)
-    fit(learner, prepared.train, training, watcher=watcher)
+    watcher = _EachEpoch(prepared, epochs)
+    fit(prepared.learner, prepared.train, config.training, watcher=watcher)
     return watcher.found
-
-
-def judge_rival(cases: CasesFolder, fold: int, rival: Rival) -> Evaluation:
-    """Train a rival on a fold's training cases and score what its heads say of the others."""
-    split, pooled = cases.split(fold), pool_cases([cases], fold)
-    ready = fit_preprocessing(cases, split, use_slides=False, clip_quantiles=rival.clip)
-    learner, _ = fit_rival(rival, pooled, ready, split, seed=fold)
-    said = predict_rival(learner, served(pooled, ready, split.val))
-    return evaluate_predictions(said, cases.clinical, split, name=rival.name, parts=("val",))
 
 
 def judge_linear(cases: CasesFolder, fold: int, linear: Linear) -> Evaluation:
@@ -171,14 +159,11 @@ def judged(
             for count in options.components:
                 linear = Linear(count, LINEAR.clip)
                 yield linear.name, 0, judge_linear(cases, fold, linear)
-        elif options.model == "modaltune":
-            config = load_run_config(preset=PRESET, sets=options.set)
-            epochs = options.epochs or [config.training.epochs]
-            for count, found in judge_modaltune(cases, fold, config, epochs).items():
-                yield "modaltune", count, found
-        else:
-            rival = RIVALS[options.model]
-            yield rival.name, 0, judge_rival(cases, fold, rival)
+            continue
+        config = config_of(options.model, cases, fold, options.set)
+        epochs = options.epochs or [config.training.epochs]
+        for count, evaluation in judge(cases, fold, config, epochs).items():
+            yield options.model, count, evaluation
 
 
 def summary(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -200,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to work in")
     parser.add_argument("--cohort", choices=("brca", "blca", "coadread"), default="brca")
     parser.add_argument("--source", choices=("cbioportal", "xena"), default="cbioportal")
-    parser.add_argument("--model", choices=("modaltune", "linear", *RIVALS), default="modaltune")
-    parser.add_argument("--set", action="append", default=[], help=f"key=value over {PRESET}.toml")
+    parser.add_argument("--model", choices=(*SETTINGS, "linear"), default=OURS)
+    parser.add_argument("--set", action="append", default=[], help="key=value over the model's")
     parser.add_argument("--epochs", type=int, nargs="+", help="judged after; the last by default")
     parser.add_argument("--components", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=2, help="of the five folds")

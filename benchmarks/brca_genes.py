@@ -20,18 +20,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from modaltune.baseline_run import EMBEDDING, BaselineRun
 from modaltune.benchmarks.brca_plot import plot_rows
 from modaltune.benchmarks.brca_runs import (
     CLASS_PROMPT,
     LINEAR,
     ORIENTATION,
-    RIVALS,
+    OURS,
+    SETTINGS,
     SURVIVAL_PROMPT,
     Linear,
     build,
     components_of,
-    rival_predictions,
-    train_modaltune,
+    train,
 )
 from modaltune.benchmarks.brca_scores import Judged, Said, differences, said_by, scores
 from modaltune.benchmarks.harness import (
@@ -44,12 +45,11 @@ from modaltune.benchmarks.harness import (
 from modaltune.cases_folder import CasesFolder
 from modaltune.config import PUBLISHED_TASKS
 from modaltune.engine.errors import InputError
-from modaltune.evaluated_cases import InputOptions, embed_cases
+from modaltune.evaluated_cases import EvaluatedCases, InputOptions, embed_cases
 from modaltune.evaluation import evaluate_cases
 from modaltune.result_rows import BootstrapOptions
 
 CSV_NAME, DIFFERENCES_NAME = "brca_genes.csv", "brca_genes_differences.csv"
-OURS = "ModalTune"
 # A cohort that models are trained on, and those that they are taken to.
 STUDIES: dict[str, tuple[str, ...]] = {
     "brca-cbioportal": ("blca-cbioportal", "coadread-cbioportal"),
@@ -73,13 +73,25 @@ def linear_model(cases: CasesFolder, linear: Linear, source: CasesFolder | None 
     return Judged(f"{linear.name}{place}", "genes", (said_by(found, "genes", "genes"),))
 
 
-def rival_model(cases: CasesFolder, folder: Path, name: str, seeds: Sequence[int]) -> Judged:
-    """Return a supervised rival with its own heads, trained where it is not there."""
+def rival_model(name: str, runs: Sequence[Path], cases: CasesFolder | None = None) -> Judged:
+    """Return a supervised rival: by its own heads at home, by probes on another cohort.
+
+    Args:
+        name: Of the rival.
+        runs: Run folders, one per seed.
+        cases: Another cohort, on whose training cases the probes are fitted.
+    """
     found = []
-    for seed in seeds:
-        said = rival_predictions(RIVALS[name], cases, folder / f"{name}-{seed}", seed)
-        found.append(Said(said, said))
-    return Judged(name, "its own heads", tuple(found))
+    for run in runs:
+        embedded = embedded_run(run, cases)
+        if cases is None and isinstance(embedded.run, BaselineRun):
+            own = embedded.cases
+            said = embedded.run.predict_embedded(own.case_ids, own.embeddings)
+            found.append(Said(said, said))
+        else:
+            probed = evaluate_cases(embedded.cases, embedded.split, parts=("test",))
+            found.append(said_by(probed, EMBEDDING, EMBEDDING))
+    return Judged(name, "its own heads" if cases is None else EMBEDDING, tuple(found))
 
 
 def our_models(runs: Sequence[Path], cases: CasesFolder | None = None) -> list[Judged]:
@@ -91,39 +103,51 @@ def our_models(runs: Sequence[Path], cases: CasesFolder | None = None) -> list[J
     """
     found = []
     for run in runs:
-        asked = () if cases is None else (cases.path,)
-        options = None if cases is None else ELSEWHERE
-        embedded = embed_cases(run, cases=asked, options=options, cache=run / "embeddings")
+        embedded = embedded_run(run, cases)
         found.append(evaluate_cases(embedded.cases, embedded.split, parts=("test",)))
-    readings = {f"class: {CLASS_PROMPT}, risk: {SURVIVAL_PROMPT}": (CLASS_PROMPT, SURVIVAL_PROMPT)}
-    readings |= {task: (task, task) for task in PUBLISHED_TASKS}
+    judged = (CLASS_PROMPT, SURVIVAL_PROMPT)
+    others = [(task, task) for task in PUBLISHED_TASKS if (task, task) != judged]
     return [
-        Judged(OURS, reading, tuple(said_by(evaluation, *tasks) for evaluation in found))
-        for reading, tasks in readings.items()
-    ]
+        Judged(OURS, one if one == two else f"{one}, {two}",
+               tuple(said_by(evaluation, one, two) for evaluation in found))
+        for one, two in (judged, *others)
+    ]  # fmt: skip
+
+
+def embedded_run(run: Path, cases: CasesFolder | None) -> EvaluatedCases:
+    """Embed the cases that a run was trained on, or another cohort; kept in the run folder."""
+    asked = () if cases is None else (cases.path,)
+    options = None if cases is None else ELSEWHERE
+    return embed_cases(run, cases=asked, options=options, cache=run / "embeddings")
 
 
 def models_at_home(cases: CasesFolder, folder: Path, options: argparse.Namespace) -> list[Judged]:
     """Return every model of the cohort that it is trained on, ModalTune first."""
-    ours = our_models(trained(cases, folder, options))
-    rivals = [rival_model(cases, folder, name, options.seeds) for name in RIVALS]
-    return [*ours, *(linear_model(cases, one) for one in (LINEAR, ORIENTATION)), *rivals]
+    runs = trained(cases, folder, options)
+    rivals = [rival_model(name, own) for name, own in runs.items() if name != OURS]
+    linear = [linear_model(cases, one) for one in (LINEAR, ORIENTATION)]
+    return [*our_models(runs[OURS]), *linear, *rivals]
 
 
 def models_elsewhere(
     cases: CasesFolder, other: CasesFolder, folder: Path, options: argparse.Namespace
 ) -> list[Judged]:
     """Return every model on a cohort it was not trained on, ModalTune first."""
-    ours = our_models(trained(cases, folder, options), other)
-    return [*ours, linear_model(other, LINEAR, cases), linear_model(other, LINEAR)]
+    runs = trained(cases, folder, options)
+    rivals = [rival_model(name, own, other) for name, own in runs.items() if name != OURS]
+    linear = [linear_model(other, LINEAR, cases), linear_model(other, LINEAR)]
+    return [*our_models(runs[OURS], other), *linear, *rivals]
 
 
-def trained(cases: CasesFolder, folder: Path, options: argparse.Namespace) -> list[Path]:
-    """Return ModalTune's run folders, trained where they are not there."""
-    return [
-        train_modaltune(cases, folder / f"modaltune-{seed}", seed, options.set)
-        for seed in options.seeds
-    ]
+def trained(cases: CasesFolder, folder: Path, options: argparse.Namespace) -> dict[str, list[Path]]:
+    """Return the run folders of every model, trained where they are not there."""
+    return {
+        name: [
+            train(name, cases, folder / f"{name}-{seed}", seed, options.set)
+            for seed in options.seeds
+        ]
+        for name in SETTINGS
+    }
 
 
 def study(name: str, options: argparse.Namespace) -> Iterator[tuple[CasesFolder, list[Judged]]]:

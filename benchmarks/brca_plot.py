@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from modaltune.benchmarks.kernel_plots import INK, MUTED, PALETTE, RULE
 
-OURS = "ModalTune"
+OURS = "modaltune"
 _PANELS = {
     "balanced_accuracy": "balanced accuracy",
     "c_index": "c-index",
@@ -79,7 +79,7 @@ def _place(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _label(model: str) -> str:
-    return model.replace("_", " ")
+    return "ModalTune" if model == OURS else model.replace("_", " ")
 
 
 def _panel(panel: Any, models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

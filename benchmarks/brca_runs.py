@@ -1,66 +1,33 @@
 """What is trained for the benchmark of genes alone: ModalTune, the genes-only rivals, components.
 
-Everything is kept in a folder: a run or a table of predictions that is there is not made again.
+Everything is kept in a folder: a run that is there is not trained again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.decomposition import PCA
 
-from modaltune.baselines import SupervisedLearner, make_baseline
 from modaltune.cases_build import build_cases
 from modaltune.cases_folder import DESCRIPTION, CasesFolder
 from modaltune.cases_request import CasesRequest
 from modaltune.checkpoint import DESCRIPTION as RUN
-from modaltune.config import DIAGNOSIS, SURVIVAL
-from modaltune.engine.atomic import atomic_path, write_json_atomic
-from modaltune.errors import InputError
+from modaltune.engine.errors import InputError
 from modaltune.evaluation import EmbeddedCases
 from modaltune.fitting import fit_preprocessing
-from modaltune.predictions import Predictions, predictions_table, read_predictions
-from modaltune.preprocessing import Preprocessing
 from modaltune.run_config import RunConfig, load_run_config
 from modaltune.splits import Split
-from modaltune.train import fit
-from modaltune.train_cases import PooledCases, StreamedCases, label_targets, pool_cases
-from modaltune.train_config import TrainConfig
 from modaltune.train_run import run_training
 
 PRESET = "genes"
-BATCH = 64  # cases embedded at once
+OURS = "modaltune"
 TABLES = {"cbioportal": "tcga_{}_all_clean.csv.zip", "xena": "tcga_{}_rnaseq_xena.csv.gz"}
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A supervised rival: which baseline, its shape, and how it is trained.
-
-    Attributes:
-        name: One of `BASELINES`.
-        settings: Of the baseline.
-        training: Of the loop, over those of ModalTune's preset.
-        survival: Head of survival.
-        clip: Quantiles at which genes are clipped.
-    """
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    survival: Any = "cox"
-    clip: tuple[float, float] | None = (0.001, 0.999)
-
-    def state(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return json.loads(json.dumps(vars(self)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -82,15 +49,28 @@ class Linear:
 
 
 # Chosen by cross-validation inside training and validation cases: brca_choice.py.
-CLASS_PROMPT, SURVIVAL_PROMPT = DIAGNOSIS, SURVIVAL
-LINEAR = Linear(64, (0.05, 0.95))
+LINEAR = Linear(128, (0.05, 0.95))
 ORIENTATION = Linear(32)
-RIVALS = {
-    rival.name: rival
-    for rival in (
-        Rival("pathway_mlp", {"token_width": 8, "width": 32, "dropout": 0.25}),
-        Rival("gene_mixer", {"width": 32, "depth": 1, "tokens": 8, "out_width": 64}),
-    )
+CLASS_PROMPT = SURVIVAL_PROMPT = "general"
+# Over the preset, which is ModalTune's.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    OURS: (),
+    "pathway_mlp": (
+        "learner.kind=pathway_mlp",
+        "learner.survival=cox",
+        "learner.settings.token_width=8",
+        "learner.settings.width=32",
+        "learner.settings.dropout=0.25",
+    ),
+    "gene_mixer": (
+        "learner.kind=gene_mixer",
+        "learner.survival=cox",
+        "learner.settings.width=64",
+        "learner.settings.depth=0",
+        "learner.settings.tokens=8",
+        "learner.settings.dropout=0.1",
+        "learner.settings.out_width=128",
+    ),
 }
 
 
@@ -112,25 +92,30 @@ def build(tcga: Path, out: Path, cohort: str, source: str) -> CasesFolder:
     return build_cases(request, folder)
 
 
-def genes_config(cases: CasesFolder, folder: Path, seed: int, sets: Sequence[str]) -> RunConfig:
-    """Return the configuration of one ModalTune run on genes alone."""
-    config = load_run_config(preset=PRESET, sets=sets)
-    return config.model_copy(
-        update={
-            "cases": config.cases.model_copy(update={"folders": (cases.path,)}),
-            "training": config.training.model_copy(update={"seed": seed}),
-            "output": config.output.model_copy(update={"folder": folder}),
-        }
-    )
+def config_of(name: str, cases: CasesFolder, seed: int, sets: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a model on genes alone.
+
+    Args:
+        name: One of `SETTINGS`.
+        cases: Trained on.
+        seed: Of the training.
+        sets: `key=value` over the model's settings.
+    """
+    config = load_run_config(preset=PRESET, sets=[*SETTINGS[name], *sets])
+    section = config.cases.model_copy(update={"folders": (cases.path,)})
+    training = config.training.model_copy(update={"seed": seed})
+    return config.model_copy(update={"cases": section, "training": training})
 
 
-def train_modaltune(cases: CasesFolder, folder: Path, seed: int, sets: Sequence[str]) -> Path:
-    """Train one seed, or find it trained; return its run folder.
+def train(name: str, cases: CasesFolder, folder: Path, seed: int, sets: Sequence[str] = ()) -> Path:
+    """Train one seed of a model, or find it trained; return its run folder.
 
     Raises:
         InputError: The folder holds a run of other settings.
     """
-    config = genes_config(cases, folder, seed, sets)
+    config = config_of(name, cases, seed, sets)
+    output = config.output.model_copy(update={"folder": folder})
+    config = config.model_copy(update={"output": output})
     if not (folder / RUN).is_file():
         run_training(config)
         return folder
@@ -141,83 +126,6 @@ def train_modaltune(cases: CasesFolder, folder: Path, seed: int, sets: Sequence[
             "another --out"
         )
     return folder
-
-
-def fit_rival(
-    rival: Rival, pooled: PooledCases, preprocessing: Preprocessing, split: Split, seed: int
-) -> tuple[SupervisedLearner, StreamedCases]:
-    """Train a rival on the training cases of a split; return it and these cases."""
-    train = served(pooled, preprocessing, split.train)
-    recipe = recipe_of(rival, seed)
-    torch.manual_seed(seed)
-    index = preprocessing.pathways
-    if train.all_targets is None or index is None:
-        raise InputError("cases must have genes and labels, got none; build the cases folder")
-    learner = SupervisedLearner.for_training(
-        make_baseline(rival.name, pathways=index, settings=rival.settings),
-        train.all_targets,
-        survival=rival.survival,
-        cases_per_batch=recipe.cases_per_step,
-    )
-    fit(learner, train, recipe)
-    return learner, train
-
-
-def recipe_of(rival: Rival, seed: int) -> TrainConfig:
-    """Return how a rival is trained."""
-    base = load_run_config(preset=PRESET).training
-    recipe = {k: v for k, v in base.model_dump().items() if k in TrainConfig.model_fields}
-    return TrainConfig.model_validate({**recipe, **rival.training, "seed": seed})
-
-
-def served(
-    pooled: PooledCases, preprocessing: Preprocessing, case_ids: Sequence[str]
-) -> StreamedCases:
-    """Return cases with their labels as the loop reads them, genes alone."""
-    targets = label_targets(pooled.clinical.loc[list(case_ids)], None)
-    return StreamedCases(pooled, case_ids, preprocessing, targets, "scaled", 1)
-
-
-def predict_rival(learner: SupervisedLearner, cases: StreamedCases) -> Predictions:
-    """Return what a trained rival's heads say of cases."""
-    probabilities, risks = [], []
-    for start in range(0, len(cases), BATCH):
-        said = learner.predict(cases.batch(range(start, min(start + BATCH, len(cases)))))
-        if said.probabilities is None or said.risk is None:
-            raise InputError("a rival must have both heads, got one; give classes and survival")
-        probabilities.append(said.probabilities)
-        risks.append(said.risk)
-    classes = torch.cat(probabilities).double().numpy()
-    # Rounded in float32, rows miss a sum of 1 by more than the tables allow.
-    classes /= classes.sum(axis=1, keepdims=True)
-    risk = torch.cat(risks).double().numpy()
-    return Predictions(cases.case_ids, np.arange(classes.shape[1]), classes, risk)
-
-
-def rival_predictions(rival: Rival, cases: CasesFolder, folder: Path, seed: int) -> Predictions:
-    """Train one seed of a rival and predict every case, or read what it said before.
-
-    Raises:
-        InputError: The folder holds predictions of other settings.
-    """
-    key = {**rival.state(), "seed": seed, "cases": cases.sha256}
-    told, table = folder / "rival.json", folder / "predictions.parquet"
-    if table.is_file():
-        if (known := json.loads(told.read_text(encoding="utf-8"))) != key:
-            raise InputError(
-                f"{folder} must hold predictions of {key}, got {known}; give another --out"
-            )
-        return read_predictions(table)
-    pooled = pool_cases([cases])
-    split = pooled.split
-    ready = fit_preprocessing(cases, split, use_slides=False, clip_quantiles=rival.clip)
-    learner, _ = fit_rival(rival, pooled, ready, split, seed)
-    said = predict_rival(learner, served(pooled, ready, split.case_ids))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(told, key)
-    with atomic_path(table) as temporary:
-        predictions_table(said).to_parquet(temporary)
-    return said
 
 
 def scaled_genes(
@@ -249,10 +157,10 @@ def components_of(
         split: Of the cases; the first of the folder by default.
         source: Cohort whose training cases the components are fitted on; by default `cases`.
     """
-    genes = scaled_genes(cases, split or cases.split(), linear.clip)
-    if source is None:
-        learned = genes[genes.index.isin((split or cases.split()).train)]
-    else:
+    split = split or cases.split()
+    genes = scaled_genes(cases, split, linear.clip)
+    learned = genes[genes.index.isin(split.train)]
+    if source is not None:
         own = scaled_genes(source, source.split(), linear.clip)
         learned = own[own.index.isin(source.split().train)]
     model = PCA(linear.components, random_state=0).fit(learned.to_numpy())

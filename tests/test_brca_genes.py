@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modaltune.benchmarks import brca_choice, brca_genes
+from modaltune.benchmarks import brca_choice, brca_genes, brca_runs
 from modaltune.benchmarks.brca_plot import shown
-from modaltune.benchmarks.brca_runs import (
-    Linear,
-    Rival,
-    components_of,
-    rival_predictions,
-    train_modaltune,
-)
+from modaltune.benchmarks.brca_runs import OURS, Linear, components_of, train
 from modaltune.benchmarks.brca_scores import METRICS, Judged, differences, said_by, scores
 from modaltune.cases_folder import CasesFolder
 from modaltune.engine.errors import InputError
@@ -25,15 +19,22 @@ from modaltune.evaluation import evaluate_cases
 from modaltune.result_rows import BootstrapOptions
 from modaltune.testing_cohort import small_cohort
 
-TINY = ["training.epochs=2", "training.warmup_epochs=1", "training.validate_every=2",
-        "model.slide_encoder.width=16", "model.genes.width=4", "model.genes.tokens=2",
-        "model.out_features=8"]  # fmt: skip
-RIVALS = {
-    "pathway_mlp": Rival("pathway_mlp", {"token_width": 2, "width": 4}, {"epochs": 2}),
-    "gene_mixer": Rival("gene_mixer", {"width": 4, "depth": 1, "tokens": 2, "out_width": 8},
-                        {"epochs": 2}, survival="hazard"),
+TINY = ["training.epochs=2", "training.warmup_epochs=1", "training.validate_every=2"]
+SETTINGS = {
+    OURS: ("model.slide_encoder.width=16", "model.genes.width=4", "model.out_features=8"),
+    "pathway_mlp": ("learner.kind=pathway_mlp", "learner.survival=cox",
+                    "learner.settings.token_width=2", "learner.settings.width=4"),
+    "gene_mixer": ("learner.kind=gene_mixer", "learner.settings.width=4",
+                   "learner.settings.tokens=2", "learner.settings.out_width=8"),
 }  # fmt: skip
 DRAWS = BootstrapOptions(resamples=5)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every model small."""
+    for module in (brca_runs, brca_genes, brca_choice):
+        monkeypatch.setattr(module, "SETTINGS", SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +56,20 @@ def with_other_genes(cases: CasesFolder, judged: list[str]) -> CasesFolder:
 def test_a_real_cohort_from_its_files_to_the_tables(
     shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(brca_genes, "RIVALS", RIVALS)
     monkeypatch.setitem(brca_genes.STUDIES, "blca-cbioportal", ())
     options = argparse.Namespace(tcga=shared_dir / "data" / "tcga", out=tmp_path, seeds=[0],
                                  set=TINY, bootstrap=5, at_home=True)  # fmt: skip
     ((cases, models),) = brca_genes.study("blca-cbioportal", options)
     rows, gaps = brca_genes.rows_of("blca-cbioportal", cases, models, options)
     names = {row["model"] for row in rows}
-    assert names == {"ModalTune", brca_genes.LINEAR.name, brca_genes.ORIENTATION.name, *RIVALS}
+    assert names == {brca_genes.LINEAR.name, brca_genes.ORIENTATION.name, *SETTINGS}
     assert {row["cases"] for row in rows} == {74}  # published test cases that have expression
     assert {row["metric"] for row in rows} == set(METRICS)
-    assert {row["rival"] for row in gaps} == names - {"ModalTune"}
-    drawn = [row for row in shown(rows) if row["model"] == "ModalTune"]
+    assert {row["rival"] for row in gaps} == names - {OURS}
+    drawn = [row for row in shown(rows) if row["model"] == OURS]
     assert len(drawn) == 3
     assert {row["reading"] for row in drawn} == {models[0].reading}
-    monkeypatch.setattr("modaltune.benchmarks.brca_runs.fit", None)  # nothing is trained again
+    monkeypatch.setattr(brca_runs, "run_training", None)  # nothing is trained again
     ((_, again),) = brca_genes.study("blca-cbioportal", options)
     assert (
         brca_genes.rows_of("blca-cbioportal", cases, again, options)[0][0]["value"]
@@ -98,23 +98,6 @@ def test_components_of_another_cohort_do_not_see_this_one(
     assert not np.allclose(np.abs(here.embeddings), np.abs(own.embeddings), atol=1e-3)
 
 
-def test_a_rival_learns_from_training_cases_and_is_kept(
-    cohort: CasesFolder, tmp_path: Path
-) -> None:
-    rival = RIVALS["pathway_mlp"]
-    first = rival_predictions(rival, cohort, tmp_path / "rival", seed=0)
-    train = [case for case in first.case_ids if case in cohort.split().train]
-    judged = [case for case in first.case_ids if case not in cohort.split().train]
-    changed = with_other_genes(cohort, judged)
-    again = rival_predictions(rival, changed, tmp_path / "again", seed=0)
-    np.testing.assert_array_equal(first.take(train).risk, again.take(train).risk)
-    assert not np.array_equal(first.take(judged).risk, again.take(judged).risk)
-    kept = rival_predictions(rival, changed, tmp_path / "rival", seed=0)
-    np.testing.assert_array_equal(kept.risk, first.risk)
-    with pytest.raises(InputError, match=r"must hold predictions .*; give another --out"):
-        rival_predictions(rival, cohort, tmp_path / "rival", seed=1)
-
-
 def test_runs_are_kept_and_taken_to_another_cohort(
     cohort: CasesFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,12 +106,14 @@ def test_runs_are_kept_and_taken_to_another_cohort(
     options = argparse.Namespace(seeds=[0, 1], set=TINY, bootstrap=5)
     models = brca_genes.models_elsewhere(cohort, other, tmp_path / "runs", options)
     names = [model.name for model in models]
-    assert names[0] == "ModalTune"
-    assert names[-2:] == ["linear, 3 components of small", "linear, 3 components"]
+    assert names[:3] == [OURS] * 3
+    linear = ["linear, 3 components of small", "linear, 3 components"]
+    assert names[3:] == [*linear, "pathway_mlp", "gene_mixer"]
+    assert all(len(model.seeds) == 2 for model in models if model.name in SETTINGS)
     run = tmp_path / "runs" / "modaltune-0"
-    assert train_modaltune(cohort, run, 0, TINY) == run
+    assert train(OURS, cohort, run, 0, TINY) == run
     with pytest.raises(InputError, match=r"others in training\.seed; give another --out"):
-        train_modaltune(cohort, run, 1, TINY)
+        train(OURS, cohort, run, 1, TINY)
 
 
 def test_a_difference_is_that_of_the_means_over_seeds(cohort: CasesFolder) -> None:
@@ -170,7 +155,6 @@ def test_a_choice_is_a_row_over_folds(
     model: str, cohort: CasesFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(brca_choice, "build", lambda *_: cohort)
-    monkeypatch.setattr(brca_choice, "RIVALS", RIVALS)
     arguments = ["none", "--out", str(tmp_path), "--model", model, "--repeats", "1",
                  "--components", "3", "--epochs", "1", "2", "--results", str(tmp_path)]  # fmt: skip
     arguments += [part for one in TINY for part in ("--set", one)]
