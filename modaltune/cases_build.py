@@ -23,6 +23,7 @@ from modaltune.class_maps import UNCLASSIFIED, Classes, published_classes, read_
 from modaltune.clinical import read_clinical
 from modaltune.engine.feature_index import PT, FeatureFile, index_features
 from modaltune.errors import CohortError, InputError
+from modaltune.gdc_follow_up import read_follow_ups
 from modaltune.published_splits import read_published_split
 from modaltune.splits import Split, make_splits, read_splits
 from modaltune.tables import name_few
@@ -87,16 +88,36 @@ def _read_clinical(
         tables.append(("the published split", records))
         for path, cases in zip(request.published_split, split.parts.values(), strict=True):
             report.add_input("published split", path.name, cases=len(cases))
+    follow_ups = _read_follow_ups(request, report)
     for path in request.clinical:
         table = read_clinical(
             path,
             death_without_date=request.death_without_date,
             exclude=request.exclude,
             on_drop=report.teller(path.name),
+            follow_ups=follow_ups,
         )
         report.add_input("clinical", path.name, cases=len(table))
         tables.append((path.name, table))
+    known = {str(case) for _, table in tables for case in table.index}
+    report.drop("follow-up", "follow-up of no known case", set(follow_ups) - known)
     return split, merge_clinical(tables, report.teller("clinical")) if tables else None
+
+
+def _read_follow_ups(request: CasesRequest, report: BuildReport) -> dict[str, set[float]]:
+    """Read the days of all follow-up tables by case."""
+    if request.follow_up and not request.clinical:
+        raise InputError(
+            "clinical must be given with follow_up, got none; give the clinical.tsv of the same "
+            "download"
+        )
+    days: dict[str, set[float]] = {}
+    for path in request.follow_up:
+        found = read_follow_ups(path, request.exclude)
+        report.add_input("follow-up", path.name, cases=len(found))
+        for case, own in found.items():
+            days.setdefault(case, set()).update(own)
+    return days
 
 
 def _read_slides(

@@ -21,6 +21,7 @@ class CasesRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     clinical: tuple[Path, ...] = Field((), description="clinical tables, in order of belief")
+    follow_up: tuple[Path, ...] = Field((), description="the GDC's follow_up.tsv")
     expression: tuple[Path, ...] = Field((), description="expression tables of one source")
     pathways: Path | None = None
     features: tuple[Path, ...] = Field((), description="folders of tile features")
@@ -73,4 +74,13 @@ class CasesRequest(BaseModel):
 
 
 #: Fields of a request that name files.
-SOURCES = ("clinical", "expression", "pathways", "slides", "labels", "published_split", "split")
+SOURCES = (
+    "clinical",
+    "follow_up",
+    "expression",
+    "pathways",
+    "slides",
+    "labels",
+    "published_split",
+    "split",
+)

@@ -145,17 +145,26 @@ def reliability(
     """
     truth, given = as_classes(classes), np.asarray(probabilities, np.float64)
     check_rows(truth, given, "probabilities")
-    columns = np.asarray(labels)
-    if len(columns) == 2:
-        said, came_true = given[:, 1], truth == columns[1]
-    else:
-        said, came_true = given.max(1, initial=0.0), truth == predicted_classes(given, columns)
-    edges = np.linspace(0, 1, bins + 1)
-    index = np.clip(np.searchsorted(edges[1:-1], said), 0, bins - 1)
+    index, said, came_true = probability_bins(truth, given, labels, bins)
     counts = np.bincount(index, minlength=bins)
     used = counts > 0
     mean = [np.bincount(index, w, bins)[used] / counts[used] for w in (said, came_true * 1.0)]
     return Reliability(mean[0], mean[1], counts[used].astype(np.int64))
+
+
+def probability_bins(
+    truth: Ints, probabilities: Floats, labels: Sequence[int], bins: int = NUM_BINS
+) -> tuple[Ints, Floats, Bools]:
+    """Return each case's bin, the probability it was given, and whether that came true `[n]`."""
+    columns = np.asarray(labels)
+    if len(columns) == 2:
+        said, came_true = probabilities[:, 1], truth == columns[1]
+    else:
+        said = probabilities.max(1, initial=0.0)
+        came_true = truth == predicted_classes(probabilities, columns)
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.searchsorted(edges[1:-1], said), 0, bins - 1)
+    return index.astype(np.int64), said, came_true
 
 
 def expected_calibration_error(

@@ -47,6 +47,11 @@ def build(
                 "survival_months, event, primary_class ... Of several, the first that knows "
                 "something is believed.", INPUTS),
     ] = None,
+    follow_up: Annotated[
+        list[Path] | None,
+        _option("The GDC's follow_up.tsv, from the same download as clinical.tsv: the days of "
+                "follow-up, which newer clinical.tsv lack.", INPUTS),
+    ] = None,
     expression: Annotated[
         list[Path] | None,
         _option("Expression: UCSC Xena TSV, case x gene CSV, cBioPortal-style CSV, Parquet or "
@@ -185,6 +190,7 @@ def build(
     wanted = tuple(one for one in require or ["inputs"] if one != "nothing")
     request = CasesRequest.checked(
         clinical=clinical or (),
+        follow_up=follow_up or (),
         expression=expression or (),
         pathways=pathways,
         features=features or (),

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from modaltune.clinical_gdc import (
     is_gdc_json,
 )
 from modaltune.errors import CohortError, InputError
+from modaltune.gdc_follow_up import is_follow_up_header
 from modaltune.labels import check_duration, check_event
 from modaltune.tables import OnDrop, is_missing, name_few, open_text, read_header, repeated
 
@@ -101,6 +102,7 @@ def read_clinical(
     exclude: Collection[str] = (),
     on_drop: OnDrop | None = None,
     allow_empty: bool = False,
+    follow_ups: Mapping[str, Collection[float]] | None = None,
 ) -> pd.DataFrame:
     """Read clinical records as one row per case.
 
@@ -119,6 +121,8 @@ def read_clinical(
         exclude: Cases to leave unread.
         on_drop: Told what was not taken as it stood, and of which cases.
         allow_empty: Give an empty table for a file without cases instead of refusing it.
+        follow_ups: For GDC records, further days on which a case was seen, as of
+            `modaltune.gdc_follow_up.read_follow_ups`.
 
     Returns:
         Index `case_id` (unique, in order of appearance), columns `COLUMNS`: `age` (years),
@@ -134,7 +138,7 @@ def read_clinical(
     """
     path = Path(path)
     with open_text(path, _KIND) as text:
-        records = _read_records(text, path, death_without_date, exclude, on_drop)
+        records = _read_records(text, path, death_without_date, exclude, on_drop, follow_ups)
     cases: dict[str, dict[str, Any]] = {}
     for where, record in records:
         if is_missing(record.get("case_id")):
@@ -160,18 +164,26 @@ def _read_records(
     policy: DeathWithoutDate,
     exclude: Collection[str],
     on_drop: OnDrop | None,
+    follow_ups: Mapping[str, Collection[float]] | None,
 ) -> _Records:
     """Read a table of any kind as records under our names, each with where it stands."""
     if ".json" in (suffix.lower() for suffix in path.suffixes):
         content = json.load(text)
         if not is_gdc_json(content):
             return _reference_records(content, path)
-        records = gdc_records_from_json(content, path, policy, exclude, on_drop)
+        records = gdc_records_from_json(content, path, policy, exclude, on_drop, follow_ups)
     else:
         header, delimiter = read_header(text, path)
         if not is_gdc_header(header):
             return _csv_records(text, header, delimiter, path)
-        records = gdc_records_from_table(text, header, delimiter, path, policy, exclude, on_drop)
+        if is_follow_up_header(header):
+            raise CohortError(
+                f"{path} must say who lived and died, got the GDC's follow-up table; give it by "
+                "--follow-up, beside clinical.tsv"
+            )
+        records = gdc_records_from_table(
+            text, header, delimiter, path, policy, exclude, on_drop, follow_ups
+        )
     for _, record in records:
         record["site"] = PROJECT_SITES.get(str(record["project"]), record["site"])
     return records

@@ -2,7 +2,8 @@
 
 A TSV has a row per treatment, `'--` for what is missing, and columns either bare (`vital_status`)
 or with their entity in front (`demographic.vital_status`). JSON is a list of cases with
-`demographic`, `diagnoses` and `follow_ups`, as the portal and the API give it.
+`demographic`, `diagnoses` and `follow_ups`, as the portal and the API give it. Days of follow-up
+that a TSV lacks come from `modaltune.gdc_follow_up`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ DeathWithoutDate = Literal["censor", "drop", "published"]
 DAYS_PER_MONTH = 30.44  # as published
 _DAYS_PER_YEAR = 365.25
 
-_CASE_ID_COLUMNS = ("case_submitter_id", "cases.submitter_id")
+#: How the GDC's tables call the barcode of a case: older downloads, newer ones.
+CASE_ID_COLUMNS = ("case_submitter_id", "cases.submitter_id")
 _NOT_KNOWN = frozenset(
     {"not reported", "unknown", "unspecified", "not allowed to collect", "not applicable"}
 )
@@ -67,7 +69,7 @@ class _GdcCase:
 
 def is_gdc_header(header: Collection[str]) -> bool:
     """Tell whether a table's columns are those of the GDC."""
-    return any(name in header for name in _CASE_ID_COLUMNS)
+    return any(name in header for name in CASE_ID_COLUMNS)
 
 
 def is_gdc_json(content: object) -> bool:
@@ -78,7 +80,7 @@ def is_gdc_json(content: object) -> bool:
 
 def _json_case_id(case: Mapping[str, Any]) -> str | None:
     """Return the barcode of a case; older exports have it in the ids of its parts only."""
-    if own := _known(case.get("submitter_id")):
+    if own := known_text(case.get("submitter_id")):
         return own
     for name in ("demographic", "diagnoses"):
         for part in _dicts(case.get(name)):
@@ -104,6 +106,7 @@ def gdc_records_from_table(
     death_without_date: DeathWithoutDate = "censor",
     exclude: Collection[str] = (),
     on_drop: OnDrop | None = None,
+    follow_ups: Mapping[str, Collection[float]] | None = None,
 ) -> list[tuple[str, dict[str, Any]]]:
     """Read a GDC table as records of `modaltune.clinical.read_clinical`.
 
@@ -116,12 +119,13 @@ def gdc_records_from_table(
             died at the last follow-up.
         exclude: Cases to leave unread.
         on_drop: Told what was left out or not taken as it stood, and of which cases.
+        follow_ups: Case -> further days on which it was seen.
 
     Raises:
         CohortError: A row is broken, or rows of one case contradict each other.
         InputError: A survival time is negative; names the cases.
     """
-    key = next(name for name in _CASE_ID_COLUMNS if name in header)
+    key = next(name for name in CASE_ID_COLUMNS if name in header)
     cases: dict[str, _GdcCase] = {}
     reader = csv.reader(text, delimiter=delimiter)
     for row in reader:
@@ -141,7 +145,7 @@ def gdc_records_from_table(
             continue
         is_new = key.startswith("cases.")
         _add_row(cases.setdefault(case_id, _GdcCase()), _by_entity(cells, is_new), case_id, path)
-    return _records(cases, path, death_without_date, on_drop)
+    return _records(_seen(cases, follow_ups), path, death_without_date, on_drop)
 
 
 def gdc_records_from_json(
@@ -150,6 +154,7 @@ def gdc_records_from_json(
     death_without_date: DeathWithoutDate = "censor",
     exclude: Collection[str] = (),
     on_drop: OnDrop | None = None,
+    follow_ups: Mapping[str, Collection[float]] | None = None,
 ) -> list[tuple[str, dict[str, Any]]]:
     """Read GDC JSON as records; see `gdc_records_from_table`."""
     cases: dict[str, _GdcCase] = {}
@@ -164,13 +169,12 @@ def gdc_records_from_json(
             "site": raw.get("primary_site"),
         }
         case = cases.setdefault(case_id, _GdcCase())
-        follow_ups = _dicts(raw.get("follow_ups"))
         rows = [{"demographic": one} for one in _dicts(raw.get("demographic"))]
         rows += [{"diagnoses": one} for one in _dicts(raw.get("diagnoses"))]
-        rows += [{"follow_ups": one} for one in follow_ups]
+        rows += [{"follow_ups": one} for one in _dicts(raw.get("follow_ups"))]
         for row in ({"head": head}, *rows):
             _add_row(case, row, case_id, path)
-    return _records(cases, path, death_without_date, on_drop)
+    return _records(_seen(cases, follow_ups), path, death_without_date, on_drop)
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:
@@ -194,7 +198,7 @@ def _by_entity(cells: Mapping[str, str], is_new: bool) -> dict[str, dict[str, An
     return entities
 
 
-def _known(value: object) -> str | None:
+def known_text(value: object) -> str | None:
     """Return the text of a value, None where the GDC says that nothing is known."""
     if is_missing(value) or str(value).strip().lower() in _NOT_KNOWN:
         return None
@@ -206,29 +210,29 @@ def _add_row(
 ) -> None:
     """Add what one row says to a case; the facts of a person must agree."""
     head = row.get("head", {})
-    case.uuid = case.uuid or _known(head.get("uuid"))
-    case.project = case.project or _known(head.get("project"))
-    case.site = case.site or _known(head.get("site"))
+    case.uuid = case.uuid or known_text(head.get("uuid"))
+    case.project = case.project or known_text(head.get("project"))
+    case.site = case.site or known_text(head.get("site"))
     for name in _DEMOGRAPHIC:
-        value = _known(row.get("demographic", {}).get(name))
+        value = known_text(row.get("demographic", {}).get(name))
         if value is not None and case.demographic.setdefault(name, value) != value:
             raise CohortError(
                 f"{path}: rows of case {case_id} must agree in {name}, got "
                 f"{case.demographic[name]!r} and {value!r}; correct the table"
             )
     diagnosis = row.get("diagnoses", {})
-    known = [(name, _known(diagnosis.get(name))) for name in _DIAGNOSIS]
+    known = [(name, known_text(diagnosis.get(name))) for name in _DIAGNOSIS]
     if facts := tuple((name, value) for name, value in known if value is not None):
         case.diagnoses.add(facts)
     for days in (
         diagnosis.get("days_to_last_follow_up"),
         row.get("follow_ups", {}).get("days_to_follow_up"),
     ):
-        if _known(days) is not None:
-            case.follow_up_days.add(_days(days, "days to a follow-up", case_id, path))
+        if known_text(days) is not None:
+            case.follow_up_days.add(as_days(days, "days to a follow-up", case_id, path))
 
 
-def _days(value: object, what: str, case_id: str, path: Path) -> float:
+def as_days(value: object, what: str, case_id: str, path: Path) -> float:
     """Read a number of days, negative ones included: they are judged later, together."""
     try:
         days = float(str(value))
@@ -242,6 +246,15 @@ def _days(value: object, what: str, case_id: str, path: Path) -> float:
     return days
 
 
+def _seen(
+    cases: dict[str, _GdcCase], follow_ups: Mapping[str, Collection[float]] | None
+) -> dict[str, _GdcCase]:
+    """Add the days of a follow-up table, joined by case id."""
+    for case_id, case in cases.items():
+        case.follow_up_days.update((follow_ups or {}).get(case_id, ()))
+    return cases
+
+
 def _records(
     cases: Mapping[str, _GdcCase],
     path: Path,
@@ -250,10 +263,11 @@ def _records(
 ) -> list[tuple[str, dict[str, Any]]]:
     """Turn what was collected into records, judging survival times of all cases at once."""
     check_choice("death_without_date", policy, get_args(DeathWithoutDate))
-    records, undated, negative, several = [], [], [], []
+    records, undated, negative, several, unseen = [], [], [], [], []
     for case_id, case in cases.items():
         months, event, is_undated = _survival(case, policy, case_id, path)
         undated += [case_id] * is_undated
+        unseen += [case_id] * (event == 0 and math.isnan(months))
         negative += [f"{case_id} ({months * DAYS_PER_MONTH:.0f} days)"] * (months < 0)
         if is_undated and policy == "drop":
             continue
@@ -273,6 +287,7 @@ def _records(
             "published": "died on an unrecorded day: taken as died at the last follow-up",
         }
         _tell(on_drop, done[policy], undated)
+        _tell(on_drop, "alive, but no day of a follow-up: no survival time", unseen)
         _tell(on_drop, "several primary diagnoses: the earliest taken", several)
     return records
 
@@ -294,7 +309,7 @@ def _survival(
     if event == 0.0:
         return last, event, False
     if death is not None:
-        return _days(death, "days to death", case_id, path) / DAYS_PER_MONTH, event, False
+        return as_days(death, "days to death", case_id, path) / DAYS_PER_MONTH, event, False
     if policy == "published":
         return last, event, True
     return last, math.nan if math.isnan(last) else 0.0, True
@@ -340,7 +355,7 @@ def _record(
     """Put a case under our names."""
     age = case.demographic.get("age_at_index")
     if age is None and "age_at_diagnosis" in diagnosis:
-        days = _days(diagnosis["age_at_diagnosis"], "age_at_diagnosis", case_id, path)
+        days = as_days(diagnosis["age_at_diagnosis"], "age_at_diagnosis", case_id, path)
         age = str(math.floor(days / _DAYS_PER_YEAR))
     return {
         "case_id": case_id,

@@ -31,12 +31,12 @@ from modaltune.splits import Split
 
 logger = logging.getLogger(__name__)
 
-FOREST = (
-    ("balanced_accuracy", "balanced accuracy", 0.5),
-    ("auroc", "AUROC", 0.5),
-    ("c_index", "c-index (Harrell)", 0.5),
-    ("uno_c_index", "c-index (Uno)", 0.5),
-)
+FOREST = {
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "c_index": "c-index (Harrell)",
+    "uno_c_index": "c-index (Uno)",
+}
 
 
 def draw_evaluation(
@@ -98,7 +98,7 @@ def _pictures(
         for chosen in [own] if is_binary else [[p] for p in own]:
             yield from _rankings(evaluation, scores, chosen, class_names)
     for place in places:
-        title = f"{evaluation.name}: {place.task} prompt" + (
+        title = f"{evaluation.name}: {place.task} prompt, {part} cases" + (
             "" if place.scope == POOLED else f", {place.scope}"
         )
         end = f"{part}_{place.task}_{place.scope}"
@@ -177,7 +177,8 @@ def _calibration(
 
 def _forest(scores: pd.DataFrame, part: str, title: str) -> Figure:
     shown = scores[(scores["split"] == part) & (scores["kind"] != "site")]
-    shown = shown[shown["metric"].isin([name for name, _, _ in FOREST])]
+    recalls = shown[shown["metric"].str.startswith("recall_")]
+    shown = shown[shown["metric"].isin(list(FOREST))]
     if shown.empty:
         raise NotDrawableError("no main metric")
     many_runs, many_scopes = shown["run"].nunique() > 1, shown["scope"].nunique() > 1
@@ -195,8 +196,12 @@ def _forest(scores: pd.DataFrame, part: str, title: str) -> Figure:
         ]
         for row in shown.to_dict(orient="records")
     }
+    classes = set(recalls.groupby(["run", "task", "scope"]).size())
     panels = []
-    for metric, name, chance in FOREST:
+    for metric, name in FOREST.items():
+        chance: float | None = 0.5
+        if metric == "balanced_accuracy":
+            chance = 1 / classes.pop() if len(classes) == 1 else None
         values = [found.get((*key, metric), [np.nan] * 3) for key in keys]
         if metric in set(shown["metric"]):
             panels.append(ForestPanel(name, np.array(values, float), chance))

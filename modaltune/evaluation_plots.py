@@ -136,15 +136,13 @@ def calibration_figure(curve: Reliability, title: str, what: str) -> Figure:
     below = figure.add_subplot(grid[1], sharex=axes)
     _title(figure, title)
     axes.plot([0, 1], [0, 1], color=RULE, linewidth=1)
-    axes.text(0.98, 0.02, "grey: as predicted", ha="right", color=MUTED, fontsize=8)
     for said, seen, count in zip(curve.predicted, curve.observed, curve.counts, strict=True):
         ends = binomtest(round(seen * count), int(count)).proportion_ci(method="wilson")
         axes.plot([said, said], [ends.low, ends.high], color=BLUE, linewidth=1.2, alpha=0.6)
     axes.plot(curve.predicted, curve.observed, "o-", color=BLUE, markersize=5, linewidth=1.6)
-    axes.text(
-        0.03, 0.97, f"calibration error {curve.error:.3f}", transform=axes.transAxes, va="top"
-    )
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), ylabel=f"observed share of {what}")
+    told = f"calibration error {curve.error:.3f}; bars: 95 % intervals; grey: as predicted"
+    axes.set_title(told, loc="left", fontsize=8.5, color=MUTED)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel=f"observed share of {what}")
     axes.tick_params(labelbottom=False)
     below.bar(curve.predicted, curve.counts, width=0.05, color=SKY, edgecolor=INK, linewidth=0.6)
     below.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True))
@@ -155,7 +153,7 @@ def calibration_figure(curve: Reliability, title: str, what: str) -> Figure:
 @matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
 def kaplan_meier_figure(groups: RiskGroups, title: str) -> Figure:
     """Draw survival by risk group with 95 % bands, cases at risk, and the log-rank p value."""
-    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+    figure = Figure(figsize=(5.0, 5.0), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(6, 1))
     axes, table = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     _title(figure, title)
@@ -167,22 +165,23 @@ def kaplan_meier_figure(groups: RiskGroups, title: str) -> Figure:
         axes.fill_between(
             curve.times, curve.low, curve.high, step="post", color=colour, alpha=0.13, linewidth=0
         )
-        label = f"{name} risk, {int(curve.events.sum())} of {len(curve.events)} died"
+        median = f"{curve.median:.0f} months" if np.isfinite(curve.median) else "not reached"
+        label = f"{name} risk: {int(curve.events.sum())} of {len(curve.events)} died, "
+        label += f"median {median}"
         axes.step(curve.times, curve.surviving, where="post", color=colour, linestyle=dashes,
                   linewidth=2, label=label)  # fmt: skip
         gone = np.unique(curve.durations[curve.events == 0])
         index = np.searchsorted(curve.times, gone, side="right") - 1
         axes.plot(gone, curve.surviving[index], "|", color=colour, markersize=6)
         for tick, count in zip(ticks, curve.at_risk(ticks), strict=True):
-            table.text(tick, row, str(count), ha="center", va="center", fontsize=8.5)
-    axes.set(xlim=(0, end), ylim=(0, 1.03), ylabel="surviving", xticks=ticks)
+            table.text(tick, row, str(count), ha="center", va="center_baseline", fontsize=8.5)
+    axes.set(xlim=(0, end), ylim=(0, 1.03), ylabel="share surviving", xticks=ticks)
     axes.set_xlabel("months")
-    legend = axes.legend(loc="best", title=f"log-rank {p_text(groups.p_value)}", alignment="left")
-    legend.get_title().set_fontsize(8.5)
+    _legend_below(figure, axes, f"log-rank {p_text(groups.p_value)}; bands: 95 %; ticks: censored")
     table.set(xlim=(0, end), ylim=(len(groups.names) - 0.5, -0.5), xticks=[])
     table.set_yticks(range(len(groups.names)), list(groups.names))
     table.set_title("cases at risk", loc="left", fontsize=8.5, color=MUTED)
-    table.tick_params(length=0, pad=12)
+    table.tick_params(length=0, pad=20)
     table.spines[:].set_visible(False)
     return figure
 
@@ -195,7 +194,7 @@ class ForestPanel:
         title: The metric.
         values: `[r, 3]` value, low and high, NaN where undefined.
         chance: Where a model that knows nothing stands; None if that is no fixed number.
-        limits: Of the axis; fitted to the values if None.
+        limits: Of the axis; fitted to the values of all panels if None.
     """
 
     title: str
@@ -208,18 +207,20 @@ class ForestPanel:
 def forest_figure(rows: Sequence[str], panels: Sequence[ForestPanel], title: str) -> Figure:
     """Draw metrics with their intervals side by side, a row per run, prompt or site."""
     height = 1.25 + 0.34 * len(rows)
-    figure = Figure(figsize=(1.4 + 2.35 * len(panels), height), layout="constrained")
-    _title(figure, title)
+    figure = Figure(figsize=(1.4 + 2.7 * len(panels), height), layout="constrained")
+    has_chance = any(panel.chance is not None for panel in panels)
+    _title(figure, title + ("; dashed: chance" if has_chance else ""))
+    limits = _forest_limits(panels)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(all_axes, panels, strict=True):
-        _forest_panel(axes, panel)
+        _forest_panel(axes, panel, panel.limits or limits)
     all_axes[0].set_yticks(range(len(rows)), list(rows))
     all_axes[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
 
-def _forest_panel(axes: Axes, panel: ForestPanel) -> None:
-    low, high = panel.limits or _forest_limits(panel)
+def _forest_panel(axes: Axes, panel: ForestPanel, limits: tuple[float, float]) -> None:
+    low, high = limits
     width = high - low
     if panel.chance is not None:
         axes.axvline(panel.chance, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0)
@@ -227,12 +228,14 @@ def _forest_panel(axes: Axes, panel: ForestPanel) -> None:
         if not np.isfinite(value):
             axes.text(high + 0.04 * width, row, "–", va="center", color=MUTED)
             continue
+        label = f"{value:.3f}"
         if np.isfinite([start, end]).all():
+            label += f" ({start:.2f}–{end:.2f})"
             axes.plot([start, end], [row, row], color=BLUE, linewidth=1.6, solid_capstyle="butt")
         axes.plot(value, row, "s", color=INK, markersize=5)
-        axes.text(high + 0.04 * width, row, f"{value:.3f}", va="center", fontsize=8.5)
-    axes.set_xlim(low, high + 0.36 * width)
-    ticks = MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(low, high)
+        axes.text(high + 0.04 * width, row, label, va="center", fontsize=8)
+    axes.set_xlim(low, high + 0.85 * width)
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
     axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.hlines(range(len(panel.values)), low, high, color=RULE, linewidth=0.6, zorder=0)
     axes.set_title(panel.title, fontsize=9, loc="left")
@@ -241,13 +244,14 @@ def _forest_panel(axes: Axes, panel: ForestPanel) -> None:
     axes.spines["bottom"].set_bounds(low, high)
 
 
-def _forest_limits(panel: ForestPanel) -> tuple[float, float]:
-    seen = panel.values[np.isfinite(panel.values)]
-    ends = [*seen, *([panel.chance] if panel.chance is not None else [])]
+def _forest_limits(panels: Sequence[ForestPanel]) -> tuple[float, float]:
+    """Return limits that hold every panel, so that intervals compare by eye."""
+    chances = [panel.chance for panel in panels if panel.chance is not None]
+    ends = [*(float(v) for p in panels for v in p.values[np.isfinite(p.values)]), *chances]
     if not ends:
         return 0.0, 1.0
     pad = 0.06 * max(max(ends) - min(ends), 0.05)
-    return float(min(ends) - pad), float(max(ends) + pad)
+    return min(ends) - pad, max(ends) + pad
 
 
 @matplotlib.rc_context(STYLE)  # type: ignore[arg-type]
@@ -285,7 +289,7 @@ def embedding_figure(
     share = components.explained_variance_ratio_
     axes.set(xlabel=f"component 1 ({share[0]:.0%} of variance)")
     axes.set(ylabel=f"component 2 ({share[1]:.0%} of variance)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

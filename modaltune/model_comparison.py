@@ -7,10 +7,11 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from modaltune.classification_metrics import predicted_classes
-from modaltune.evaluate import balanced_accuracy, harrell_c_index
 from modaltune.predictions import Predictions
+from modaltune.probes import Floats
 from modaltune.resampling import delong, permutation_p
 from modaltune.scorers import class_scorer, survival_scorer
+from modaltune.survival_resamples import swapped_c_index_gaps
 
 LEAST_PER_CLASS = 2  # for DeLong's variance
 
@@ -61,11 +62,14 @@ def _class_tests(
     truth = labels.loc[ids, "primary_class"].to_numpy(np.int64)
     said = [predicted_classes(p, one.labels) for p in (one.probabilities, two.probabilities)]
 
-    def gap(swap: np.ndarray) -> float:
-        mixed = np.where(swap, said[1], said[0]), np.where(swap, said[0], said[1])
-        return balanced_accuracy(truth, mixed[0]) - balanced_accuracy(truth, mixed[1])
+    gain = (said[0] == truth) * 1.0 - (said[1] == truth)
+    _, index, sizes = np.unique(truth, return_inverse=True, return_counts=True)
+    gain /= len(sizes) * sizes[index]  # so that the sum is the gap in mean recall
 
-    p = permutation_p(gap, len(ids), permutations=permutations, seed=seed)
+    def gaps(swap: np.ndarray) -> Floats:
+        return np.where(swap, -gain, gain).sum(1)
+
+    p = permutation_p(gaps, len(ids), permutations=permutations, seed=seed)
     tests = {"balanced_accuracy": {"permutation": p}}
     positive = truth == one.labels[1]
     enough = min(positive.sum(), (~positive).sum()) >= LEAST_PER_CLASS
@@ -89,9 +93,6 @@ def _survival_tests(
     time, died = own["survival_months"].to_numpy(float), own["event"].to_numpy(float)
     ranks = [rankdata(np.asarray(p.take(ids).risk)) for p in (first, second)]
 
-    def gap(swap: np.ndarray) -> float:
-        mixed = np.where(swap, ranks[1], ranks[0]), np.where(swap, ranks[0], ranks[1])
-        return harrell_c_index(time, died, mixed[0]) - harrell_c_index(time, died, mixed[1])
-
-    p = permutation_p(gap, len(ids), permutations=permutations, seed=seed)
+    gaps = swapped_c_index_gaps(time, died, ranks[0], ranks[1])
+    p = permutation_p(gaps, len(ids), permutations=permutations, seed=seed)
     return {} if np.isnan(p) else {"c_index": {"permutation": p}}

@@ -1,7 +1,7 @@
 """Resampling of patients: bootstrap intervals, paired tests, spread over seeds.
 
-A score is anything that maps drawn rows to a few numbers, so that all metrics of a run, or the
-differences between two runs, are resampled on the same patients.
+A score maps how often each patient was drawn to a few numbers, for many resamples at once, so that
+all metrics of a run, or the differences between two runs, are resampled on the same patients.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from scipy.stats import norm, rankdata
 from modaltune.errors import InputError
 from modaltune.probes import Floats, Ints, check_rows
 
-#: Rows drawn, `[m]` int -> scores `[k]`, NaN where undefined.
-Score = Callable[[Ints], Floats]
+#: How often each of n patients was drawn, `[R, n]` -> scores `[R, k]`, NaN where undefined.
+Score = Callable[[Floats], Floats]
 
 _DRAWS_PER_RESAMPLE = 20  # then a score counts as not resamplable
+_AT_ONCE = 250  # resamples, so that 10,000 patients take some tens of MiB
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def bootstrap(
     """Draw patients with replacement and score every draw.
 
     Args:
-        score: Of the rows drawn. What is defined for all cases must be so in every resample: draws
-            that miss a class or a death are drawn again, and counted.
+        score: Of counts. What is defined for all cases must be so in every resample: draws that
+            miss a class or a death are drawn again, and counted.
         num_cases: Patients n, a row each.
         strata: `[n]` classes; patients are drawn within each, so that every resample has as many
             of each class as the data. Default: none.
@@ -84,20 +85,31 @@ def bootstrap(
             "a split that has cases"
         )
     groups = _groups(num_cases, strata)
-    needed = ~np.isnan(score(np.arange(num_cases)))
+    needed = ~np.isnan(score(np.ones((1, num_cases)))[0])
     rng = np.random.default_rng(seed)
     values = np.full((resamples, len(needed)), np.nan)
     kept = redrawn = 0
-    while kept < resamples and redrawn <= _DRAWS_PER_RESAMPLE * resamples:
-        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        found = score(drawn)
-        if np.isnan(found[needed]).any():
-            redrawn += 1
-            continue
-        values[kept] = np.where(needed, found, np.nan)
-        kept += 1
+    most = _DRAWS_PER_RESAMPLE * resamples
+    while kept < resamples and redrawn < most:
+        counts = _drawn_counts(rng, groups, num_cases, min(resamples - kept, _AT_ONCE))
+        found = score(counts)
+        found = found[~np.isnan(found[:, needed]).any(1)]
+        redrawn += len(counts) - len(found)
+        values[kept : kept + len(found), needed] = found[:, needed]
+        kept += len(found)
     complete = kept == resamples
     return Resamples(values if complete else np.full_like(values, np.nan), redrawn, complete)
+
+
+def _drawn_counts(
+    rng: np.random.Generator, groups: list[Ints], num_cases: int, at_once: int
+) -> Floats:
+    """Draw each group with replacement; return how often each case was drawn `[at_once, n]`."""
+    counts = np.empty((at_once, num_cases))
+    for row in counts:
+        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
+        row[:] = np.bincount(drawn, minlength=num_cases)
+    return counts
 
 
 def _groups(num_cases: int, strata: ArrayLike | None) -> list[Ints]:
@@ -112,16 +124,16 @@ def _groups(num_cases: int, strata: ArrayLike | None) -> list[Ints]:
 
 def mean_score(scores: list[Score]) -> Score:
     """Return the mean of several scores of the same patients, such as of runs of several seeds."""
-    return lambda rows: np.mean([score(rows) for score in scores], axis=0)
+    return lambda counts: np.mean([score(counts) for score in scores], axis=0)
 
 
 def difference(first: Score, second: Score) -> Score:
     """Return the first score minus the second, both of the same drawn patients."""
-    return lambda rows: first(rows) - second(rows)
+    return lambda counts: first(counts) - second(counts)
 
 
 def permutation_p(
-    score: Callable[[NDArray[np.bool_]], float],
+    score: Callable[[NDArray[np.bool_]], Floats],
     num_cases: int,
     *,
     permutations: int = 1000,
@@ -130,8 +142,8 @@ def permutation_p(
     """Return the two-sided p value of a difference when two runs' predictions are exchangeable.
 
     Args:
-        score: Difference between the two runs after their predictions have been swapped for the
-            cases marked in `[n]` bool.
+        score: Differences `[P]` between the two runs after their predictions have been swapped for
+            the cases marked in `[P, n]` bool.
         num_cases: Patients n.
         permutations: Random swaps, at least 1; the observed one counts as one more.
         seed: Of the swaps.
@@ -139,11 +151,12 @@ def permutation_p(
     Returns:
         NaN where the observed difference is undefined. Undefined swaps count as extreme ones.
     """
-    observed = score(np.zeros(num_cases, bool))
+    observed = float(score(np.zeros((1, num_cases), bool))[0])
     if np.isnan(observed):
         return float("nan")
     rng = np.random.default_rng(seed)
-    found = np.array([score(rng.random(num_cases) < 0.5) for _ in range(permutations)])
+    sizes = np.diff([*range(0, permutations, _AT_ONCE), permutations])
+    found = np.concatenate([score(rng.random((size, num_cases)) < 0.5) for size in sizes])
     # Rounding must not make a swap that changes nothing look smaller than the observed one.
     extreme = np.isnan(found) | (np.abs(found) >= abs(observed) - 1e-12)
     return float((1 + extreme.sum()) / (1 + permutations))

@@ -181,9 +181,9 @@ def _draw(
     count = len(one[0].case_ids)
     if not options.resamples or not count:
         return None
-    score = mean_score([s.score for s in one])
+    score = mean_score([s.resampled for s in one])
     if two:
-        score = difference(score, mean_score([s.score for s in two]))
+        score = difference(score, mean_score([s.resampled for s in two]))
     return bootstrap(
         score,
         count,
@@ -211,7 +211,12 @@ def _same_names(scorers: Sequence[Scorer]) -> tuple[str, ...]:
 def _only(scorer: Scorer, names: Sequence[str]) -> Scorer:
     """Return a scorer of some of the metrics."""
     columns = [scorer.names.index(name) for name in names]
-    return replace(scorer, names=tuple(names), score=lambda rows: scorer.score(rows)[columns])
+    return replace(
+        scorer,
+        names=tuple(names),
+        score=lambda rows: scorer.score(rows)[columns],
+        resampled=lambda counts: scorer.resampled(counts)[:, columns],
+    )
 
 
 def _aligned(scorers: Sequence[Scorer]) -> tuple[list[Scorer], dict[str, int]]:
@@ -230,10 +235,17 @@ def _aligned(scorers: Sequence[Scorer]) -> tuple[list[Scorer], dict[str, int]]:
 def _reordered(scorer: Scorer, order: Sequence[str]) -> Scorer:
     place = {case: row for row, case in enumerate(scorer.case_ids)}
     rows = np.array([place[case] for case in order], dtype=np.int64)
+
+    def resampled(counts: Floats) -> Floats:
+        every = np.zeros((len(counts), len(scorer.case_ids)))
+        every[:, rows] = counts
+        return scorer.resampled(every)
+
     return replace(
         scorer,
         case_ids=tuple(order),
         score=lambda drawn: scorer.score(rows[drawn]),
+        resampled=resampled,
         strata=scorer.strata[rows],
         events=scorer.events[rows],
     )
@@ -253,6 +265,10 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         local = [rows[(rows >= a) & (rows < b)] - a for a, b in itertools.pairwise(ends)]
         return np.mean([s.score(r) for s, r in zip(own, local, strict=True)], axis=0)
 
+    def resampled(counts: Floats) -> Floats:
+        parts = [counts[:, a:b] for a, b in itertools.pairwise(ends)]
+        return np.mean([s.resampled(part) for s, part in zip(own, parts, strict=True)], axis=0)
+
     left_out: dict[str, int] = {}
     for scorer in own:
         for why, count in scorer.left_out.items():
@@ -261,6 +277,7 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         tuple(names),
         tuple(case for s in own for case in s.case_ids),
         score,
+        resampled,
         np.repeat(np.arange(len(own)), np.diff(ends)),
         np.concatenate([s.events for s in own]),
         left_out,

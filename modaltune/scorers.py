@@ -1,18 +1,19 @@
 """Scores of predictions against labels: which cases count, which do not and why, which metrics.
 
-A scorer is fixed on the cases it can score and maps drawn rows of them to all its metrics, so that
-intervals, comparisons and means over seeds resample the same patients. No case leaves a metric
-without being counted in `left_out`.
+A scorer is fixed on the cases it can score and maps rows of them to all its metrics, and likewise
+counts of many resamples at once, so that intervals, comparisons and means over seeds resample the
+same patients. No case leaves a metric without being counted in `left_out`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from modaltune.class_resamples import class_resamples
 from modaltune.classification_metrics import (
     auprc,
     auroc,
@@ -32,6 +33,7 @@ from modaltune.survival_metrics import (
     integrated_brier_score,
     uno_c_index,
 )
+from modaltune.survival_resamples import survival_resamples
 
 BETTER_LOW = ("brier", "calibration_error", "integrated_brier")
 
@@ -43,7 +45,8 @@ class Scorer:
     Attributes:
         names: Of the k metrics.
         case_ids: The n cases that are scored.
-        score: Drawn rows -> `[k]`.
+        score: Rows `[m]` -> `[k]`, by the libraries' metrics.
+        resampled: How often each case was drawn `[R, n]` -> `[R, k]`, the same numbers much faster.
         strata: `[n]` class, or whether the case died.
         events: `[n]` 1 for a death, or for a case outside the first class.
         left_out: Reason -> cases that are not scored.
@@ -53,7 +56,8 @@ class Scorer:
 
     names: tuple[str, ...]
     case_ids: tuple[str, ...]
-    score: Score
+    score: Callable[[Ints], Floats]
+    resampled: Score
     strata: Ints
     events: Ints
     left_out: Mapping[str, int]
@@ -119,6 +123,7 @@ def class_scorer(
         tuple(names),
         ids,
         score,
+        class_resamples(truth, given, said, known, present),
         truth,
         (truth != known[0]).astype(np.int64),
         left_out,
@@ -201,7 +206,8 @@ def survival_scorer(
         return np.array(values)
 
     events = died.astype(np.int64)
-    return Scorer(tuple(names), ids, score, events, events, left_out, notes)
+    resampled = survival_resamples(time, died, risk, reference, curves, months)
+    return Scorer(tuple(names), ids, score, resampled, events, events, left_out, notes)
 
 
 def _survival_notes(time: Floats, died: Floats, reference: SurvivalReference) -> dict[str, str]:

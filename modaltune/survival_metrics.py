@@ -1,8 +1,7 @@
 """Metrics of predicted risk and survival that account for censoring, from plain arrays.
 
 The weights of Uno's c-index, of the time-dependent AUC and of the Brier score come from the
-censoring of the training cases, truncated where too few of those are left to tell. torchsurv
-computes them in float32, about seven digits.
+censoring of the training cases, truncated where too few of those are left to tell.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from lifelines import KaplanMeierFitter
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from modaltune.errors import InputError
 from modaltune.probes import Floats, ProbeError, as_survival, check_rows
@@ -22,7 +24,6 @@ from modaltune.probes import Floats, ProbeError, as_survival, check_rows
 with warnings.catch_warnings():
     # torchsurv compiles a function with torch.jit.script when it is imported.
     warnings.simplefilter("ignore")
-    from torchsurv.metrics.auc import Auc
     from torchsurv.metrics.brier_score import BrierScore
     from torchsurv.metrics.cindex import ConcordanceIndex
     from torchsurv.stats.kaplan_meier import KaplanMeierEstimator
@@ -68,8 +69,8 @@ class SurvivalReference:
                 "cases; leave survival out, or follow the cases longer"
             )
         curve = KaplanMeierEstimator()
-        curve(torch.as_tensor(died), _f32(time), censoring_dist=True)
-        steps, left = curve.time.double().numpy(), curve.km_est.double().numpy()
+        curve(torch.as_tensor(died), _f64(time), censoring_dist=True)
+        steps, left = curve.time.numpy(), curve.km_est.double().numpy()
         tau = float(steps[left >= LEAST_UNCENSORED].max())
         deaths = time[died & (time <= tau)] if (died & (time <= tau)).any() else time[died]
         first, last = np.quantile(deaths, [0.05, 0.95])
@@ -83,7 +84,7 @@ class SurvivalReference:
 
     def weights(self, times: ArrayLike) -> Floats:
         """Return the inverse probability of being uncensored `[n]` at times; 0 where that is 0."""
-        at = np.asarray(times, np.float64).astype(np.float32).astype(np.float64)  # as the steps
+        at = np.asarray(times, np.float64)
         index = np.searchsorted(self.times, at, side="right") - 1
         left = np.where(index < 0, 1.0, self.uncensored[np.maximum(index, 0)])
         return np.divide(1.0, left, out=np.zeros_like(left), where=left > 0)
@@ -116,12 +117,13 @@ def uno_c_index(
     time, died, score = _complete(durations, events, risk)
     if not _comparable(time, died, reference.tau):
         return float("nan")
+    # Ranks for risks: torchsurv takes risks within 1e-8 of one another for tied.
     index = ConcordanceIndex()(
-        _f32(score),
+        _f64(rankdata(score, method="dense")),
         torch.as_tensor(died),
-        _f32(time),
-        weight=_f32(reference.weights(time)),
-        tmax=_f32(reference.tau),
+        _f64(time),
+        weight=_f64(reference.weights(time)),
+        tmax=_f64(reference.tau),
     )
     return float(index)
 
@@ -142,22 +144,20 @@ def dynamic_auc(
         Hung and Chiang 2010; Lambert and Chevret 2016 for the mean.
     """
     time, died, score = _complete(durations, events, risk)
-    at = np.asarray(times, np.float64)
-    usable = np.array([bool((died & (time <= t)).any() and (time > t).any()) for t in at], bool)
+    at, weight = np.asarray(times, np.float64), reference.weights(time)
     area = np.full(len(at), np.nan)
+    for k, t in enumerate(at):
+        gone, alive = died & (time <= t) & (weight > 0), time > t
+        if gone.any() and alive.any():
+            told = gone | alive
+            of_dead = np.where(gone, weight, 1.0)[told]
+            area[k] = roc_auc_score(gone[told], score[told], sample_weight=of_dead)
+    usable = ~np.isnan(area)
     if not usable.any():
         return area, float("nan")
-    metric = Auc()
-    found = metric(
-        _f32(score),
-        torch.as_tensor(died),
-        _f32(time),
-        new_time=_f32(at[usable]),
-        weight=_f32(reference.weights(time)),
-        weight_new_time=_f32(reference.weights(at[usable])),
-    )
-    area[usable] = found.double().numpy()
-    return area, float(metric.integral()) if usable.sum() > 1 else float(area[usable][0])
+    curve = KaplanMeierFitter().fit(time, died).survival_function_at_times(at[usable])
+    deaths = -np.diff(curve.to_numpy(np.float64), prepend=1.0)
+    return area, float(np.average(area[usable], weights=deaths))
 
 
 def brier_curve(
@@ -179,15 +179,17 @@ def brier_curve(
             f"survival must be finite and have shape [{len(time)}, {len(at)}], a curve per case, "
             f"got {list(curves.shape)}; predict at times within the training follow-up"
         )
+    if len(time) == 1:  # torchsurv refuses a single case; the mean over two of the same is the same
+        time, died, curves = (np.repeat(value, 2, axis=0) for value in (time, died, curves))
     score = BrierScore()(
-        _f32(curves),
+        _f64(curves),
         torch.as_tensor(died),
-        _f32(time),
-        new_time=_f32(at),
-        weight=_f32(reference.weights(time)),
-        weight_new_time=_f32(reference.weights(at)),
+        _f64(time),
+        new_time=_f64(at),
+        weight=_f64(reference.weights(time)),
+        weight_new_time=_f64(reference.weights(at)),
     )
-    return score.double().numpy()
+    return score.numpy()
 
 
 def integrated_brier_score(
@@ -231,5 +233,5 @@ def _comparable(time: Floats, died: Any, tau: float) -> bool:
     return bool((time > first).any() or (~died & (time == first)).any())
 
 
-def _f32(values: ArrayLike) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values, np.float32))
+def _f64(values: ArrayLike) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, np.float64))

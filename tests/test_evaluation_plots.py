@@ -102,8 +102,10 @@ def test_what_the_pictures_say(figures: dict[str, Figure]) -> None:
     assert "log-rank p" in words
     assert "low risk" in words
     assert "high risk" in words
+    assert "died, median " in words
     words = _words(figures["forest"])
-    assert "0.700" in words
+    assert "0.700 (0.60–0.80)" in words
+    assert "dashed: chance" in words
     assert "–" in words
     assert "ductal (" in _words(figures["embeddings"])
     assert "no class (" in _words(figures["embeddings"])
@@ -118,6 +120,21 @@ def test_numbers_at_risk() -> None:
     low, high = groups.curves
     assert low.at_risk([0, 20]).tolist() == [40, int((MONTHS[:40] >= 20).sum())]
     assert len(high.durations) == 40
+
+
+def test_panels_of_a_forest_have_one_scale_and_say_what_chance_is() -> None:
+    wide, narrow = np.array([[0.4, 0.2, 0.9]]), np.array([[0.7, 0.69, 0.71]])
+    figure = forest_figure(["x"], [ForestPanel("a", wide, 1 / 3), ForestPanel("b", narrow)], "t")
+    first, second = figure.axes
+    assert first.get_xlim() == second.get_xlim()
+    assert [line.get_xdata()[0] for line in (first.lines[0], second.lines[0])] == [1 / 3, 0.5]
+    alone = forest_figure(["x"], [ForestPanel("a", wide, None)], "t")
+    assert "chance" not in _words(alone)
+
+
+def test_a_median_that_is_not_reached_is_said() -> None:
+    groups = risk_groups(MONTHS, np.zeros(80), np.arange(80.0), 39.5)
+    assert "low risk: 0 of 40 died, median not reached" in _words(kaplan_meier_figure(groups, "t"))
 
 
 def test_one_group_is_drawn_without_a_test() -> None:

@@ -28,7 +28,7 @@ from modaltune.survival_metrics import (
     uno_c_index,
 )
 
-FLOAT32 = 5e-6  # torchsurv counts in float32
+FLOAT32 = 1e-6  # torchsurv's curve of censoring is of float32
 
 
 def _cohort(seed: int, n: int, *, tied: bool) -> tuple[Any, Any, Any]:
@@ -140,6 +140,11 @@ def test_what_is_undefined_is_nan() -> None:
     assert np.isnan(mean)
     alone = np.array([2.0]), np.ones(1), np.ones(1)
     assert np.isnan(uno_c_index(*alone, reference))
+    # One case with a curve has a Brier score, if nothing to be compared with.
+    half = integrated_brier_score(
+        [2.0], [1], [[0.5, 0.5]], SurvivalReference.fit([3.0], [1]), [1, 1.5]
+    )
+    assert half == 0.25
     with pytest.raises(ProbeError, match="must hold a death"):
         SurvivalReference.fit([1.0, 2], [0, np.nan])
     with pytest.raises(InputError, match="must be known here, got NaN"):
