@@ -205,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for row in summary(found).to_dict(orient="records"):
-        own = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-        told = {
+        own = {str(k): f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
+        told: dict[str, object] = {
             "time": timestamp(), "commit": commit_id(), "cores": os.cpu_count(),
             "cohort": whole.path.name, "settings": " ".join(options.set), **own,
         }  # fmt: skip

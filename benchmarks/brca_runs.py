@@ -61,6 +61,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "learner.settings.token_width=8",
         "learner.settings.width=32",
         "learner.settings.dropout=0.25",
+        "training.cases_per_step=32",
+        "training.epochs=20",
+        "training.validate_every=20",
     ),
     "gene_mixer": (
         "learner.kind=gene_mixer",
@@ -70,6 +73,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "learner.settings.tokens=8",
         "learner.settings.dropout=0.1",
         "learner.settings.out_width=128",
+        "training.cases_per_step=32",
+        "training.epochs=20",
+        "training.validate_every=20",
     ),
 }
 
@@ -163,7 +169,7 @@ def components_of(
     if source is not None:
         own = scaled_genes(source, source.split(), linear.clip)
         learned = own[own.index.isin(source.split().train)]
-    model = PCA(linear.components, random_state=0).fit(learned.to_numpy())
+    model = PCA(linear.components, svd_solver="full").fit(learned.to_numpy())
     # A gene that the other cohort lacks is at its mean, 0.
     values = model.transform(genes.reindex(columns=learned.columns, fill_value=0.0).to_numpy())
     return EmbeddedCases(tuple(genes.index), values[:, None], ("genes",), cases.clinical)

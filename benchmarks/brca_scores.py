@@ -101,11 +101,18 @@ def headline_scorer(said: Said, labels: pd.DataFrame, cases: Sequence[str]) -> S
         ordered = two.score(second[rows])[survival]
         return np.array([decided, ordered, (decided + ordered) / 2, ranked])
 
+    def resampled(counts: Ints) -> Floats:
+        decided = one.resampled(_spread(counts, first, len(one.case_ids)))[:, columns]
+        ordered = two.resampled(_spread(counts, second, len(two.case_ids)))[:, survival]
+        both = (decided[:, 0] + ordered) / 2
+        return np.stack([decided[:, 0], ordered, both, decided[:, 1]], axis=1)
+
     left = len(cases) - len(ids)
     return Scorer(
         METRICS,
         tuple(ids),
         score,
+        resampled,
         one.strata[first],
         two.events[second],
         {"no class, follow-up or prediction": left} if left else {},
@@ -116,6 +123,13 @@ def headline_scorer(said: Said, labels: pd.DataFrame, cases: Sequence[str]) -> S
 def _rows_of(scorer: Scorer, ids: Sequence[str]) -> Ints:
     place = {case: row for row, case in enumerate(scorer.case_ids)}
     return np.array([place[case] for case in ids], dtype=np.int64)
+
+
+def _spread(counts: Ints, rows: Ints, width: int) -> Ints:
+    """Return counts `[R, width]` of all cases that a scorer knows, 0 for those not asked for."""
+    every = np.zeros((len(counts), width), dtype=counts.dtype)
+    every[:, rows] = counts
+    return every
 
 
 def scores(

@@ -161,7 +161,7 @@ def test_a_choice_is_a_row_over_folds(
     assert brca_choice.main(arguments) == 0
     with (tmp_path / brca_choice.CSV_NAME).open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == (6 if model == "modaltune" else 1)
+    assert len(rows) == {OURS: 6, "linear": 1, "pathway_mlp": 2}[model]
     assert {row["folds"] for row in rows} == {"5"}
     for row in rows:
         both = (float(row["balanced_accuracy"]) + float(row["c_index"])) / 2
