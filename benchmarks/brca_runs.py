@@ -35,7 +35,7 @@ class Linear:
     """Logistic regression and Cox on principal components of the genes.
 
     Attributes:
-        components: How many.
+        components: How many, or as many as the training cases allow.
         clip: Quantiles at which genes are clipped.
     """
 
@@ -49,7 +49,7 @@ class Linear:
 
 
 # Chosen by cross-validation inside training and validation cases: brca_choice.py.
-LINEAR = Linear(128, (0.05, 0.95))
+LINEAR = Linear(256, (0.05, 0.95))
 ORIENTATION = Linear(32)
 CLASS_PROMPT = SURVIVAL_PROMPT = "general"
 # Over the preset, which is ModalTune's.
@@ -169,7 +169,8 @@ def components_of(
     if source is not None:
         own = scaled_genes(source, source.split(), linear.clip)
         learned = own[own.index.isin(source.split().train)]
-    model = PCA(linear.components, svd_solver="full").fit(learned.to_numpy())
+    count = min(linear.components, len(learned) - 1, learned.shape[1])
+    model = PCA(count, svd_solver="full").fit(learned.to_numpy())
     # A gene that the other cohort lacks is at its mean, 0.
     values = model.transform(genes.reindex(columns=learned.columns, fill_value=0.0).to_numpy())
     return EmbeddedCases(tuple(genes.index), values[:, None], ("genes",), cases.clinical)
