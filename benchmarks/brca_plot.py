@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from modaltune.benchmarks.kernel_plots import INK, MUTED, PALETTE, RULE
 
 OURS = "modaltune"
+_LABELS = {OURS: "ModalTune", "pathway_mlp": "pathway MLP", "gene_mixer": "gene mixer"}
 _PANELS = {
     "balanced_accuracy": "balanced accuracy",
     "c_index": "c-index",
@@ -79,7 +80,7 @@ def _place(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _label(model: str) -> str:
-    return "ModalTune" if model == OURS else model.replace("_", " ")
+    return _LABELS.get(model, model)
 
 
 def _panel(panel: Any, models: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -92,7 +93,7 @@ def _panel(panel: Any, models: Sequence[str], rows: Sequence[Mapping[str, Any]])
             textcoords="offset points", ha="center", fontsize=7.5, color=INK,
         )  # fmt: skip
     panel.axvline(0.5, color=MUTED, lw=0.8, ls=":")
-    panel.set_xlim(0.3, 1.0)
+    panel.set_xlim(0.2, 1.0)
     panel.set_ylim(len(models) - 0.4, -0.8)
     panel.set_yticks([])
     panel.tick_params(axis="x", labelsize=7.5, colors=MUTED)
