@@ -101,7 +101,7 @@ def headline_scorer(said: Said, labels: pd.DataFrame, cases: Sequence[str]) -> S
         ordered = two.score(second[rows])[survival]
         return np.array([decided, ordered, (decided + ordered) / 2, ranked])
 
-    def resampled(counts: Ints) -> Floats:
+    def resampled(counts: Floats) -> Floats:
         decided = one.resampled(_spread(counts, first, len(one.case_ids)))[:, columns]
         ordered = two.resampled(_spread(counts, second, len(two.case_ids)))[:, survival]
         both = (decided[:, 0] + ordered) / 2
@@ -125,7 +125,7 @@ def _rows_of(scorer: Scorer, ids: Sequence[str]) -> Ints:
     return np.array([place[case] for case in ids], dtype=np.int64)
 
 
-def _spread(counts: Ints, rows: Ints, width: int) -> Ints:
+def _spread(counts: Floats, rows: Ints, width: int) -> Floats:
     """Return counts `[R, width]` of all cases that a scorer knows, 0 for those not asked for."""
     every = np.zeros((len(counts), width), dtype=counts.dtype)
     every[:, rows] = counts
