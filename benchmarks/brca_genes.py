@@ -1,12 +1,13 @@
-"""Genes alone on a real cohort: what probes read off them, and off the embeddings of runs.
+"""Genes alone on real cohorts: ModalTune, rivals on the same genes, and other cohorts.
 
-    python -m modaltune.benchmarks.brca_genes TCGA --out DIR [--cohort brca] [--source cbioportal]
-        [--runs RUN ...] [--bootstrap 1000] [--json]
+    python -m modaltune.benchmarks.brca_genes TCGA --out DIR [--study brca-cbioportal ...]
+        [--seeds 0 1 2 3 4] [--bootstrap 1000] [--set KEY=VALUE ...] [--picture PNG]
 
-TCGA is the folder with the published splits, expression and pathways. The cases folder is built in
-DIR (kept if it is there), the published probes are fitted on principal components of the training
-cases' genes, and scored on the test cases; runs (seeds of one recipe, trained on that cases folder)
-are scored beside them, with paired differences. Everything is fitted on training cases.
+TCGA is the folder with the published splits, expression and pathways. Everything is built and
+trained in DIR, and what is there already is not made again. Models learn from the training cases;
+their settings were chosen inside training and validation cases (`brca_choice`), and the test cases
+are scored with them. On other cohorts the tuned model stays as it is, and only the probes are
+fitted, on the training cases there.
 """
 
 from __future__ import annotations
@@ -15,14 +16,25 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from sklearn.decomposition import PCA
-
+from modaltune.baseline_run import EMBEDDING, BaselineRun
+from modaltune.benchmarks.brca_plot import plot_rows
+from modaltune.benchmarks.brca_runs import (
+    CLASS_PROMPT,
+    LINEAR,
+    ORIENTATION,
+    OURS,
+    SETTINGS,
+    SURVIVAL_PROMPT,
+    Linear,
+    build,
+    components_of,
+    train,
+)
+from modaltune.benchmarks.brca_scores import Judged, Said, differences, said_by, scores
 from modaltune.benchmarks.harness import (
     append_row,
     commit_id,
@@ -30,156 +42,201 @@ from modaltune.benchmarks.harness import (
     results_folder,
     timestamp,
 )
-from modaltune.cases_build import build_cases
-from modaltune.cases_folder import DESCRIPTION, CasesFolder
-from modaltune.cases_request import CasesRequest
+from modaltune.cases_folder import CasesFolder
+from modaltune.config import PUBLISHED_TASKS
 from modaltune.engine.errors import InputError
-from modaltune.evaluated_cases import embed_cases
-from modaltune.evaluation import EmbeddedCases, Evaluation, evaluate_cases
-from modaltune.evaluation_tables import comparison_table, json_rows, score_table, seeds_table
-from modaltune.fitting import fit_preprocessing
+from modaltune.evaluated_cases import EvaluatedCases, InputOptions, embed_cases
+from modaltune.evaluation import evaluate_cases
 from modaltune.result_rows import BootstrapOptions
 
-CSV_NAME = "brca_genes.csv"
-COMPONENTS = 32
-SHOWN = ("balanced_accuracy", "auroc", "c_index", "uno_c_index")
-TABLES = {"cbioportal": "tcga_{}_all_clean.csv.zip", "xena": "tcga_{}_rnaseq_xena.csv.gz"}
+CSV_NAME, DIFFERENCES_NAME = "brca_genes.csv", "brca_genes_differences.csv"
+# A cohort that models are trained on, and those that they are taken to.
+STUDIES: dict[str, tuple[str, ...]] = {
+    "brca-cbioportal": ("blca-cbioportal", "coadread-cbioportal"),
+    "blca-xena": ("coadread-xena",),
+}
+# Genes are scaled by the other cohort's training cases, as published (METHOD 4.6).
+ELSEWHERE = InputOptions(genes_scaled_by="cases", missing_genes="mean")
 
 
-def build(tcga: Path, out: Path, cohort: str, source: str) -> CasesFolder:
-    """Build the cases folder of a cohort with its published split, or open it."""
-    folder = out / f"{cohort}-{source}"
-    if (folder / DESCRIPTION).is_file():
-        return CasesFolder.open(folder)
-    train, val, test = (
-        tcga / "splits" / f"{cohort}_{part}.json.gz" for part in ("train", "val", "test")
-    )
-    request = CasesRequest(
-        published_split=(train, val, test),
-        clinical=(tcga / TABLES["cbioportal"].format(cohort),),
-        expression=(tcga / TABLES[source].format(cohort),),
-        pathways=tcga / "pathways_hallmark_reactome_331.csv.gz",
-        duplicate_cases="first",
-    )
-    return build_cases(request, folder)
+def linear_model(cases: CasesFolder, linear: Linear, source: CasesFolder | None = None) -> Judged:
+    """Return logistic regression and Cox on principal components of the genes.
+
+    Args:
+        cases: Whose training cases the probes are fitted on.
+        linear: Components and clipping.
+        source: Cohort that the components were fitted on; by default the same.
+    """
+    embedded = components_of(cases, linear, source=source)
+    found = evaluate_cases(embedded, cases.split(), name=linear.name, parts=("test",))
+    place = "" if source is None else f" of {source.path.name}"
+    return Judged(f"{linear.name}{place}", "genes", (said_by(found, "genes", "genes"),))
 
 
-def components_of(cases: CasesFolder, count: int = COMPONENTS) -> EmbeddedCases:
-    """Return principal components of standardised genes as an embedding; fitted on train."""
-    split, genes = cases.split(), cases.expression
-    if genes is None:
-        raise InputError(
-            "cases must have expression, got none; build them with an expression table"
-        )
-    fitted = fit_preprocessing(cases, split, use_slides=False)
-    values = fitted.gene_values(genes).numpy().astype(np.float64)
-    train = genes.index.isin(split.train)
-    components = PCA(count, random_state=0).fit(values[train]).transform(values)
-    return EmbeddedCases(tuple(genes.index), components[:, None], ("genes",), cases.clinical)
+def rival_model(name: str, runs: Sequence[Path], cases: CasesFolder | None = None) -> Judged:
+    """Return a supervised rival: by its own heads at home, by probes on another cohort.
+
+    Args:
+        name: Of the rival.
+        runs: Run folders, one per seed.
+        cases: Another cohort, on whose training cases the probes are fitted.
+    """
+    found = []
+    for run in runs:
+        embedded = embedded_run(run, cases)
+        if cases is None and isinstance(embedded.run, BaselineRun):
+            own = embedded.cases
+            said = embedded.run.predict_embedded(own.case_ids, own.embeddings)
+            found.append(Said(said, said))
+        else:
+            probed = evaluate_cases(embedded.cases, embedded.split, parts=("test",))
+            found.append(said_by(probed, EMBEDDING, EMBEDDING))
+    return Judged(name, "its own heads" if cases is None else EMBEDDING, tuple(found))
 
 
-def scored(
-    cases: CasesFolder, runs: Sequence[Path], options: BootstrapOptions, components: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the scores of the linear model and of runs, and the paired differences per prompt."""
-    split = cases.split()
-    name = f"linear, {components} components"
-    linear = evaluate_cases(components_of(cases, components), split, name=name)
-    tables, differences = [score_table(linear, options)], []
-    found = [_run(path, cases, split) for path in runs]
-    if len(found) > 1:
-        tables.append(seeds_table(found, options, f"ModalTune, {len(found)} seeds"))
-    elif found:
-        tables.append(score_table(found[0], options))
-    for task in found[0].fitted.tasks if found and found[0].fitted else ():
-        own = [_one_prompt(evaluation, task) for evaluation in found]
-        differences.append(comparison_table(own, [linear], options).assign(task=task))
-    empty = pd.DataFrame()
-    return pd.concat(tables), pd.concat(differences) if differences else empty
+def our_models(runs: Sequence[Path], cases: CasesFolder | None = None) -> list[Judged]:
+    """Return ModalTune as it is judged, then each task prompt on its own.
+
+    Args:
+        runs: Run folders, one per seed.
+        cases: Another cohort, on whose training cases the probes are fitted.
+    """
+    found = []
+    for run in runs:
+        embedded = embedded_run(run, cases)
+        found.append(evaluate_cases(embedded.cases, embedded.split, parts=("test",)))
+    judged = (CLASS_PROMPT, SURVIVAL_PROMPT)
+    others = [(task, task) for task in PUBLISHED_TASKS if (task, task) != judged]
+    return [
+        Judged(OURS, one if one == two else f"{one}, {two}",
+               tuple(said_by(evaluation, one, two) for evaluation in found))
+        for one, two in (judged, *others)
+    ]  # fmt: skip
 
 
-def _run(path: Path, cases: CasesFolder, split: Any) -> Evaluation:
-    embedded = embed_cases(path, cases=(cases.path,), cache=path / "embeddings")
-    return evaluate_cases(embedded.cases, split, name=path.name)
+def embedded_run(run: Path, cases: CasesFolder | None) -> EvaluatedCases:
+    """Embed the cases that a run was trained on, or another cohort; kept in the run folder."""
+    asked = () if cases is None else (cases.path,)
+    options = None if cases is None else ELSEWHERE
+    return embed_cases(run, cases=asked, options=options, cache=run / "embeddings")
 
 
-def _one_prompt(evaluation: Evaluation, task: str) -> Evaluation:
-    """Return the scores of one prompt under the name that the linear model has."""
+def models_at_home(cases: CasesFolder, folder: Path, options: argparse.Namespace) -> list[Judged]:
+    """Return every model of the cohort that it is trained on, ModalTune first."""
+    runs = trained(cases, folder, options)
+    rivals = [rival_model(name, own) for name, own in runs.items() if name != OURS]
+    linear = [linear_model(cases, one) for one in (LINEAR, ORIENTATION)]
+    return [*our_models(runs[OURS]), *linear, *rivals]
 
-    def renamed(parts: Any) -> dict[Any, Any]:
-        return {p._replace(task="genes"): v for p, v in parts.items() if p.task == task}
 
-    return Evaluation(
-        evaluation.name,
-        evaluation.fitted,
-        evaluation.labels,
-        renamed(evaluation.predictions),
-        renamed(evaluation.scorers),
-        renamed(evaluation.groups),
-        evaluation.missing,
-    )
+def models_elsewhere(
+    cases: CasesFolder, other: CasesFolder, folder: Path, options: argparse.Namespace
+) -> list[Judged]:
+    """Return every model on a cohort it was not trained on, ModalTune first."""
+    runs = trained(cases, folder, options)
+    rivals = [rival_model(name, own, other) for name, own in runs.items() if name != OURS]
+    linear = [linear_model(other, LINEAR, cases), linear_model(other, LINEAR)]
+    return [*our_models(runs[OURS], other), *linear, *rivals]
+
+
+def trained(cases: CasesFolder, folder: Path, options: argparse.Namespace) -> dict[str, list[Path]]:
+    """Return the run folders of every model, trained where they are not there."""
+    return {
+        name: [
+            train(name, cases, folder / f"{name}-{seed}", seed, options.set)
+            for seed in options.seeds
+        ]
+        for name in SETTINGS
+    }
+
+
+def study(name: str, options: argparse.Namespace) -> Iterator[tuple[CasesFolder, list[Judged]]]:
+    """Yield cohorts and the models judged on them: the training cohort first."""
+    folder = options.out / f"{name}-runs"
+    cases = build(options.tcga, options.out, *name.split("-"))
+    yield cases, models_at_home(cases, folder, options)
+    for other in () if options.at_home else STUDIES[name]:
+        there = build(options.tcga, options.out, *other.split("-"))
+        yield there, models_elsewhere(cases, there, folder, options)
+
+
+def rows_of(
+    name: str, cases: CasesFolder, models: Sequence[Judged], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return rows of scores, and of ModalTune minus each rival."""
+    draws, test = BootstrapOptions(options.bootstrap), cases.split().test
+    common = {
+        "time": timestamp(), "commit": commit_id(),
+        "device": f"{cpu_model()}, {os.cpu_count()} cores", "trained_on": name,
+        "cohort": cases.path.name, "settings": " ".join(options.set),
+        "resamples": options.bootstrap,
+    }  # fmt: skip
+    found, compared = [], []
+    for model in models:
+        for row in scores(model, cases.clinical, test, draws):
+            found.append(
+                {
+                    **common, "model": model.name, "reading": model.reading,
+                    "seeds": len(model.seeds), "metric": row.metric, "value": row.value,
+                    "sd": row.spread, "low": row.low, "high": row.high, "cases": row.n,
+                    "events": row.events,
+                }
+            )  # fmt: skip
+    ours = models[0]
+    for rival in (model for model in models if model.name != OURS):
+        for gap in differences(ours, rival, cases.clinical, test, draws):
+            compared.append(
+                {
+                    **common, "model": ours.name, "rival": rival.name, "metric": gap.metric,
+                    "value": gap.first, "rival_value": gap.second, "difference": gap.difference,
+                    "low": gap.low, "high": gap.high, "p_bootstrap": gap.p_value,
+                }
+            )  # fmt: skip
+    return found, compared
+
+
+def printable(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its figures to four places; what is undefined is empty."""
+    return {
+        key: ("" if value != value else f"{value:.4f}") if isinstance(value, float) else value
+        for key, value in row.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Score from the command line and return the exit code."""
+    """Run the benchmark from the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m modaltune.benchmarks.brca_genes",
         description=(__doc__ or "").split("\n")[0],
     )
     parser.add_argument("tcga", type=Path, help="folder with splits, expression and pathways")
     parser.add_argument("--out", type=Path, required=True, help="folder to work in")
-    parser.add_argument("--cohort", choices=("brca", "blca", "coadread"), default="brca")
-    parser.add_argument("--source", choices=tuple(TABLES), default="cbioportal")
-    parser.add_argument("--runs", type=Path, nargs="*", default=(), help="seeds of one recipe")
-    parser.add_argument("--components", type=int, default=COMPONENTS)
-    parser.add_argument("--bootstrap", type=int, default=1000)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--study", choices=tuple(STUDIES), nargs="+", default=list(STUDIES))
+    parser.add_argument("--at-home", action="store_true", help="leave other cohorts out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of patients")
+    parser.add_argument("--set", action="append", default=[], help="key=value over genes.toml")
+    parser.add_argument("--picture", type=Path, help="PNG to draw")
     parser.add_argument("--results", type=Path, help=f"folder of {CSV_NAME}")
     options = parser.parse_args(arguments)
+    found: list[dict[str, Any]] = []
     try:
         results = results_folder(options.results)
-        cases = build(options.tcga, options.out, options.cohort, options.source)
-        draws = BootstrapOptions(options.bootstrap)
-        scores, differences = scored(cases, options.runs, draws, options.components)
-        shown = scores[scores["metric"].isin(SHOWN)]
-        for row in shown.to_dict(orient="records"):
-            if results is not None:
-                append_row(results / CSV_NAME, _row(row, options))
+        for name in options.study:
+            for cases, models in study(name, options):
+                rows, compared = rows_of(name, cases, models, options)
+                found += rows
+                for file, own in ((CSV_NAME, rows), (DIFFERENCES_NAME, compared)):
+                    for row in map(printable, own):
+                        print(json.dumps(row), flush=True)
+                        if results is not None:
+                            append_row(results / file, row)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps({"scores": json_rows(shown), "differences": json_rows(differences)}))
-        return 0
-    columns = ["run", "split", "task", "metric", "value", "low", "high", "n", "events"]
-    print(shown[columns].round(3).to_string(index=False))
-    if not differences.empty:
-        own = differences[differences["metric"].isin(SHOWN)]
-        columns = ["split", "task", "metric", "first_value", "second_value", "difference", "low",
-                   "high", "p_bootstrap"]  # fmt: skip
-        print(own[columns].round(3).to_string(index=False))
+    if options.picture is not None:
+        plot_rows(found, options.picture)
     return 0
-
-
-def _row(row: dict[Any, Any], options: argparse.Namespace) -> dict[str, object]:
-    return {
-        "time": timestamp(),
-        "commit": commit_id(),
-        "device": f"{cpu_model()}, {os.cpu_count()} cores",
-        "cohort": f"{options.cohort}-{options.source}",
-        "model": row["run"],
-        "split": row["split"],
-        "task": row["task"],
-        "metric": row["metric"],
-        "value": f"{row['value']:.4f}",
-        "low": f"{row['low']:.4f}",
-        "high": f"{row['high']:.4f}",
-        "cases": row["n"],
-        "events": row["events"],
-        "resamples": options.bootstrap,
-        "seeds": "" if pd.isna(row.get("seeds", np.nan)) else int(row["seeds"]),
-        "sd": "" if pd.isna(row.get("sd", np.nan)) else f"{row['sd']:.4f}",
-    }
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def train(
         typer.Argument(help="TOML file; or config.toml of a run folder, to go on.", metavar="TOML"),
     ] = None,
     preset: Annotated[
-        Literal["prov-gigapath", "titan", "small"] | None,
+        Literal["prov-gigapath", "titan", "small", "genes"] | None,
         typer.Option(help="Published settings of a slide encoder, or a small one for a CPU."),
     ] = None,
     sets: Annotated[

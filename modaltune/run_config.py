@@ -28,7 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRESETS = ("prov-gigapath", "titan", "small")
+PRESETS = ("prov-gigapath", "titan", "small", "genes")
 _READ = {"image": "slides", "genes": "genes"}
 # Names of choices between sections, which stand in a fault's place beside the fields.
 _CHOICES = ("longnet", "titan", "modaltune", *BASELINES)

@@ -63,6 +63,10 @@ def test_presets_hold_the_published_figures() -> None:
     small = load_run_config(preset="small")
     assert small.model.random_backbone
     assert not gigapath.model.random_backbone
+    genes = load_run_config(preset="genes")
+    assert (genes.inputs.image, genes.inputs.genes) == (False, True)
+    # The last epoch is kept, since it is the only one judged.
+    assert genes.training.validate_every == genes.training.epochs
 
 
 def test_later_layers_win(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
         ('model.tasks=["a"]', "model.tasks must be among general, diagnosis, stage, survival"),
         ("inputs", "--set must be key.sub=value, got 'inputs'"),
         ("training.epochs.x=1", "training.epochs"),
-        ("preset=huge", "preset must be one of prov-gigapath, titan, small, got 'huge'"),
+        ("preset=huge", "preset must be one of prov-gigapath, titan, small, genes, got 'huge'"),
     ],
 )
 def test_errors_name_field_rule_and_what_is_allowed(given: str, message: str) -> None:
