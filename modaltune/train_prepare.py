@@ -26,10 +26,10 @@ from modaltune.slide_encoders.titan import TitanEncoder
 from modaltune.targets import Targets, TextProjector
 from modaltune.text_embeddings import PrecomputedText
 from modaltune.text_encoders import embed_labels, load_text_encoder
+from modaltune.tile_limit import TileLimit
 from modaltune.train_cases import (
     PooledCases,
     StreamedCases,
-    TileLimit,
     fit_inputs,
     label_targets,
     pool_cases,
@@ -83,11 +83,10 @@ def prepare(config: RunConfig) -> Prepared:
     seed, inputs = config.text.projector_seed, config.inputs
     projector = TextProjector(text.width, config.model.out_features, seed=seed)
     unit = projector.project(text.lookup(split.train))[:, rows]
-    limit = TileLimit(inputs.tile_limit, inputs.max_tiles, inputs.tile_seed)
 
     def served(cases: Sequence[str], targets: Targets) -> StreamedCases:
         width, convention = model.slide_encoder.in_features, model.config.position_convention
-        return StreamedCases(pooled, cases, preprocessing, targets, convention, width, limit)
+        return StreamedCases(pooled, cases, preprocessing, targets, convention, width, inputs.limit)
 
     train = served(split.train, label_targets(pooled.clinical.loc[list(split.train)], unit))
     val = served(split.val, label_targets(pooled.clinical.loc[list(split.val)], None))
@@ -95,7 +94,7 @@ def prepare(config: RunConfig) -> Prepared:
         start_at_unit_gain(model, _some_tiles(train), config.model.feature_gain)
     facts = {"cases": list(pooled.sources), "frozen_weights": frozen_sha256(model)}
     info = {
-        **_provenance(config, limit, train, val),
+        **_provenance(config, train, val),
         "cases": list(pooled.sources),
         "random_backbone": model.config.random_backbone,
         "text": provenance,
@@ -104,9 +103,7 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(config, pooled, Run(model, preprocessing, projector, info), train, val, facts)
 
 
-def _provenance(
-    config: RunConfig, limit: TileLimit, train: StreamedCases, val: StreamedCases
-) -> dict[str, Any]:
+def _provenance(config: RunConfig, train: StreamedCases, val: StreamedCases) -> dict[str, Any]:
     """Return what a run says of its configuration and of what it used of the cases."""
     left_out = {"train": train.without_inputs, "val": val.without_inputs}
     for part, cases in left_out.items():
@@ -114,7 +111,10 @@ def _provenance(
             logger.warning("%d %s cases hold nothing the model reads: left out", len(cases), part)
     return {
         "run_config": config.model_dump(mode="json"),
-        "tile_limit": {**vars(limit), "limited": {**train.tile_counts(), **val.tile_counts()}},
+        "tile_limit": {
+            **vars(config.inputs.limit),
+            "limited": {**train.tile_counts(), **val.tile_counts()},
+        },
         "trained_on": list(train.case_ids),
         "left_out": {part: list(cases) for part, cases in left_out.items()},
         "fit_on": config.inputs.fit_on,
