@@ -294,7 +294,7 @@ def planted_config(options: argparse.Namespace) -> PlantedConfig:
     except ValidationError as error:
         faults = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
         raise InputError(
-            f"--plant must set fields of PlantedConfig, got {faults}; see docs/baselines.md"
+            f"--plant must set fields of PlantedConfig, got {faults}; see docs/planted.md"
         ) from error
 
 

@@ -49,20 +49,23 @@ def plot_scores(
         1, 2, figsize=(10, 1.6 + 0.4 * len(names)), sharey=True, layout="constrained"
     )
     for axis, (metric, said) in zip(axes, _METRICS.items(), strict=True):
-        for found, is_shuffled in ((rows, False), (shuffled, True)):
-            _draw(axis, [row for row in found if row["metric"] == metric], names, is_shuffled)
+        for every, is_shuffled in ((rows, False), (shuffled, True)):
+            _draw(axis, [row for row in every if row["metric"] == metric], names, is_shuffled)
         top = -0.75
-        for seen, value in ((seen, scores[metric]) for seen, scores in best.items()):
+        found = sorted((scores[metric], seen) for seen, scores in best.items())
+        for (value, seen), side in zip(found, ("right", "left", "center"), strict=True):
             axis.axvline(value, color="black", linestyle=":", linewidth=1)
-            side = {"image": "right", "genes": "left", "both": "center"}[seen]
-            axis.text(value, top, f" best of {seen} ", ha=side, va="bottom", fontsize=8)
+            axis.text(value, top, seen, ha=side, va="bottom", fontsize=8)
         axis.axvline(0.5, color="black", linewidth=1)
         axis.set_xlim(0.4, 1.0)
-        axis.set_xlabel(f"{said}, test cases; bars: 95 % intervals over patients")
+        axis.set_xlabel(f"{said}, with 95 % interval")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), [_LOOKS[name] for name in names])
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right", fontsize=8, frameon=False)
+    axes[0].plot([], [], color="black", linestyle=":", label="the best predictor that knows ...")
+    if shuffled:
+        axes[0].errorbar([], [], xerr=[], fmt="o", color=_SHUFFLED, ms=3, label="labels shuffled")
+    axes[0].legend(loc="lower right", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -77,15 +80,13 @@ def _draw(
         place, value = names.index(row["model"]), row["value"]
         ends = [[value - row["value_low"]], [row["value_high"] - value]]
         if is_shuffled:
-            label = "labels shuffled" if row is rows[0] else None
-            axis.errorbar(
-                value, place + 0.28, xerr=ends, fmt="o", color=_SHUFFLED, ms=3, lw=1, label=label
-            )
+            axis.errorbar(value, place + 0.28, xerr=ends, fmt="o", color=_SHUFFLED, ms=3, lw=1)
             continue
         colour = _OURS if row["model"].startswith("modaltune") else _RIVALS
-        axis.barh(place, value - 0.4, left=0.4, color=colour, height=0.7)
+        axis.barh(place, value - 0.5, left=0.5, color=colour, height=0.7)
         axis.errorbar(value, place, xerr=ends, color="black", capsize=3, lw=1)
-        axis.text(row["value_high"] + 0.008, place, f"{value:.3f}", va="center", fontsize=9)
+        said = axis.text(row["value_high"] + 0.01, place, f"{value:.3f}", va="center", fontsize=9)
+        said.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
 
 
 def read_scores(path: Path, *, cohort_seed: int, shuffled: bool) -> list[dict[str, Any]]:
