@@ -65,7 +65,7 @@ def plot_scores(
     axes[0].plot([], [], color="black", linestyle=":", label="the best predictor that knows ...")
     if shuffled:
         axes[0].errorbar([], [], xerr=[], fmt="o", color=_SHUFFLED, ms=3, label="labels shuffled")
-    axes[0].legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
