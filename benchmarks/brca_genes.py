@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from modaltune.baseline_run import EMBEDDING, BaselineRun
+from modaltune.baseline_run import BaselineRun
 from modaltune.benchmarks.brca_plot import plot_rows
 from modaltune.benchmarks.brca_runs import (
     CLASS_PROMPT,
@@ -46,7 +46,7 @@ from modaltune.cases_folder import CasesFolder
 from modaltune.config import PUBLISHED_TASKS
 from modaltune.engine.errors import InputError
 from modaltune.evaluated_cases import EvaluatedCases, InputOptions, embed_cases
-from modaltune.evaluation import evaluate_cases
+from modaltune.evaluation import EMBEDDING, evaluate_cases
 from modaltune.result_rows import BootstrapOptions
 
 CSV_NAME, DIFFERENCES_NAME = "brca_genes.csv", "brca_genes_differences.csv"

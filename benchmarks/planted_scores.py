@@ -96,6 +96,23 @@ def interval(metric: str, targets: Targets, predictions: Sequence[Predictions]) 
     return {"": score(labels, columns), "_low": found.low, "_high": found.high}
 
 
+def scores(found: Mapping[tuple[str, int], Predictions], targets: Targets) -> list[dict[str, Any]]:
+    """Return a row per metric and model: the mean over its seeds and its 95 % ends over patients.
+
+    Args:
+        found: Predictions by model and seed.
+        targets: Of the test cases.
+    """
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        own = [predictions for (model, _), predictions in found.items() if model == name]
+        for metric in METRICS:
+            ends = interval(metric, targets, own)
+            values = {f"value{end}": round(value, 4) for end, value in ends.items()}
+            rows.append({"metric": metric, "model": name, "seeds": len(own), **values})
+    return rows
+
+
 def differences(
     found: Mapping[tuple[str, int], Predictions], targets: Targets, against: Sequence[str]
 ) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -297,6 +297,8 @@ class PreparedCases:
             only embedded.
         convention: How positions are counted.
         in_features: Tile feature width of the model.
+        draw: Returns what training uses of a case in an epoch, such as
+            `modaltune.tile_limit.TileLimit.drawn`; None for all of it.
     """
 
     def __init__(
@@ -305,6 +307,7 @@ class PreparedCases:
         targets: Targets | Tensor | None,
         convention: PositionConvention,
         in_features: int,
+        draw: Callable[[Case, int], Case] | None = None,
     ) -> None:
         if isinstance(targets, Tensor):
             targets = Targets.of_text(targets)
@@ -314,9 +317,17 @@ class PreparedCases:
             )
         self._cases, self._targets = list(cases), targets
         self._convention, self._in_features = convention, in_features
+        self._draw = draw
 
     def __len__(self) -> int:
         return len(self._cases)
+
+    def for_epoch(self, epoch: int) -> PreparedCases:
+        """See `modaltune.learner.TrainingCases.for_epoch`."""
+        if self._draw is None:
+            return self
+        drawn = [self._draw(case, epoch) for case in self._cases]
+        return PreparedCases(drawn, self._targets, self._convention, self._in_features)
 
     def batch(self, indices: Sequence[int]) -> CaseBatch:
         """Return the packed tensors of some cases."""

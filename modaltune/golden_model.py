@@ -80,6 +80,10 @@ class _OneCase:
     def __len__(self) -> int:
         return 1
 
+    def for_epoch(self, epoch: int) -> _OneCase:
+        """See `modaltune.learner.TrainingCases`."""
+        return self
+
     def batch(self, indices: Sequence[int]) -> CaseBatch:
         return self._batch
 

@@ -44,6 +44,12 @@ class TrainingCases(Protocol):
     def targets(self, indices: Sequence[int]) -> Targets:
         """Return the targets of some cases."""
 
+    def for_epoch(self, epoch: int) -> TrainingCases:
+        """Return the same cases with what is drawn of them in an epoch, 0-based.
+
+        A draw depends on the epoch and the case alone, so that a run that goes on draws the same.
+        """
+
 
 class Learner(Protocol):
     """A module and its loss, as the training loop sees them.

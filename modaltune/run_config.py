@@ -21,6 +21,7 @@ from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
 from modaltune.labels import ROWS
 from modaltune.learner_config import BaselineSection, LearnerSection, ModalTuneSection
+from modaltune.tile_limit import TileLimit, TilePolicy
 from modaltune.train_config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -60,10 +61,11 @@ class InputsSection(_Section):
         description="clinical tokens: default takes age, sex and site; published takes age, "
         "stage, T, N, M, which stand in the target sentences, too",
     )
-    tile_limit: Literal["all", "random"] = Field(
+    tile_limit: TilePolicy = Field(
         "random",
         description="all: every tile; random: at most max_tiles of a case, drawn once per case "
-        "and seed, in training and validation alike",
+        "and seed, in training and validation alike; every_epoch: at most max_tiles in training, "
+        "drawn anew each epoch, and all in validation",
     )
     max_tiles: int = Field(
         25_000, gt=0, description="tiles of a case under the limit; published: 25,000, TITAN 15,000"
@@ -86,6 +88,11 @@ class InputsSection(_Section):
     unseen_categories: Literal["own_code", "error"] = Field(
         "own_code", description="a clinical category that training cases do not have"
     )
+
+    @property
+    def limit(self) -> TileLimit:
+        """How many tiles of a case are used."""
+        return TileLimit(self.tile_limit, self.max_tiles, self.tile_seed)
 
 
 class ModelSection(ModalTuneConfig):

@@ -205,10 +205,10 @@ def fit(
     def load(chosen: Tensor) -> tuple[int, list[Part]]:
         mine = chosen[rank::world].tensor_split(config.accumulation)
         own = [part.tolist() for part in mine if len(part)]
-        return len(chosen), [(cases.batch(part), cases.targets(part)) for part in own]
+        return len(chosen), [(drawn.batch(part), drawn.targets(part)) for part in own]
 
     for epoch in range(training.epoch, config.epochs):
-        lr = epoch_rate(config, epoch)
+        lr, drawn = epoch_rate(config, epoch), cases.for_epoch(epoch)
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         learner.model.train()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modaltune.batch import CaseBatch
-from modaltune.cases import Case, Cohort, Rows, SlideReading, modality_values, pack_cases
+from modaltune.cases import Case, Cohort, SlideReading, modality_values, pack_cases
 from modaltune.cases_folder import CasesFolder
 from modaltune.config import PositionConvention
 from modaltune.engine.store import open_features
@@ -28,6 +28,7 @@ from modaltune.run_config import InputsSection
 from modaltune.splits import Split
 from modaltune.tables import name_few
 from modaltune.targets import Targets
+from modaltune.tile_limit import TileLimit
 
 logger = logging.getLogger(__name__)
 
@@ -163,38 +164,6 @@ def open_mapped(cohort: Cohort, path: Path) -> TileFeatures:
     return cohort.read_slide(path) if path in cohort.reading else open_features(path)
 
 
-@dataclass(frozen=True)
-class TileLimit:
-    """How many tiles of a case are used: a policy that is recorded with the run.
-
-    Attributes:
-        policy: `all`, or `random`: at most `max_tiles`, the same ones for a case and seed.
-        max_tiles: The limit.
-        seed: Of the draw.
-    """
-
-    policy: Literal["all", "random"] = "all"
-    max_tiles: int = 25_000
-    seed: int = 0
-
-    def rows(self, case_id: str, counts: Sequence[int]) -> tuple[Rows | None, ...]:
-        """Return the rising rows of each slide that are kept, or nothing where all are.
-
-        Args:
-            case_id: The patient; decides the draw together with the seed.
-            counts: Tiles of each slide.
-        """
-        total = sum(counts)
-        if self.policy == "all" or total <= self.max_tiles:
-            return ()
-        digest = hashlib.sha256(case_id.encode()).digest()
-        rng = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "big")])
-        chosen = np.sort(rng.choice(total, self.max_tiles, replace=False)).astype(np.int64)
-        ends = np.cumsum(counts)
-        parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-        return tuple(part - start for part, start in zip(parts, [0, *ends[:-1]], strict=True))
-
-
 class StreamedCases:
     """Cases whose tiles are read from disk when a batch is asked for.
 
@@ -229,6 +198,7 @@ class StreamedCases:
         self._cohort, self._preprocessing = cohort, preprocessing
         self._convention, self._in_features = convention, in_features
         self._limit = limit or TileLimit()
+        self._epoch: int | None = None
         self._values = modality_values(cohort, case_ids, preprocessing)
         # Opened once here to be checked, and again for each batch: a map held is a file held open.
         self._counts = {case: [len(s) for s in self._slides(case)] for case in case_ids}
@@ -254,8 +224,14 @@ class StreamedCases:
     def case(self, index: int) -> Case:
         """Return one case, its tiles not read yet where they are mapped."""
         name = self.case_ids[index]
-        kept = self._limit.rows(name, self._counts[name])
+        kept = self._limit.rows(name, self._counts[name], self._epoch)
         return Case(name, self._slides(name), self._values[name], kept)
+
+    def for_epoch(self, epoch: int) -> StreamedCases:
+        """See `modaltune.learner.TrainingCases.for_epoch`."""
+        same = copy.copy(self)
+        same._epoch = epoch
+        return same
 
     def batch(self, indices: Sequence[int]) -> CaseBatch:
         """Return the packed tensors of some cases."""

@@ -30,11 +30,11 @@ from modaltune.slide_encoders.titan import TitanEncoder
 from modaltune.targets import TextProjector
 from modaltune.text_embeddings import PrecomputedText
 from modaltune.text_encoders import embed_labels, load_text_encoder
+from modaltune.tile_limit import TileLimit
 from modaltune.train_baseline import begin_baseline, reads_slide_vectors
 from modaltune.train_cases import (
     PooledCases,
     StreamedCases,
-    TileLimit,
     fit_inputs,
     label_targets,
     pool_cases,
@@ -167,25 +167,21 @@ def _served(
     """Return the cases of a part of the split: how positions count and feature width are given."""
     cases = pooled.split.parts[part]
     targets = label_targets(pooled.clinical.loc[list(cases)], text)
-    return StreamedCases(pooled, cases, preprocessing, targets, *shape, tile_limit(config))
-
-
-def tile_limit(config: RunConfig) -> TileLimit:
-    """Return the limit of tiles that a configuration asks for."""
-    inputs = config.inputs
-    return TileLimit(inputs.tile_limit, inputs.max_tiles, inputs.tile_seed)
+    return StreamedCases(pooled, cases, preprocessing, targets, *shape, config.inputs.limit)
 
 
 def _provenance(config: RunConfig, train: StreamedCases, val: StreamedCases) -> dict[str, Any]:
     """Return what a run says of its configuration and of what it used of the cases."""
-    limit = tile_limit(config)
     left_out = {"train": train.without_inputs, "val": val.without_inputs}
     for part, cases in left_out.items():
         if cases:
             logger.warning("%d %s cases hold nothing the model reads: left out", len(cases), part)
     return {
         "run_config": config.model_dump(mode="json"),
-        "tile_limit": {**vars(limit), "limited": {**train.tile_counts(), **val.tile_counts()}},
+        "tile_limit": {
+            **vars(config.inputs.limit),
+            "limited": {**train.tile_counts(), **val.tile_counts()},
+        },
         "trained_on": list(train.case_ids),
         "left_out": {part: list(cases) for part, cases in left_out.items()},
         "fit_on": config.inputs.fit_on,

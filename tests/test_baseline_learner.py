@@ -144,6 +144,9 @@ def test_the_loop_tunes_it_and_leaves_what_is_frozen(name: str) -> None:
         def __len__(self) -> int:
             return CASES
 
+        def for_epoch(self, epoch: int) -> Cases:
+            return self
+
         def batch(self, indices: Sequence[int]) -> CaseBatch:
             return part(batch, targets, range(indices[0], indices[0] + 1))[0]
 

@@ -87,7 +87,10 @@ def test_later_layers_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("inputs.tile_limit=some", "inputs.tile_limit must be 'all' or 'random', got 'some'"),
+        (
+            "inputs.tile_limit=some",
+            "inputs.tile_limit must be 'all', 'random' or 'every_epoch', got 'some'",
+        ),
         ("training.epochs=0", "training.epochs must be greater than 0, got 0"),
         ("inputs.tiles=1", "inputs.tiles must be a known field.*allowed here: image, genes, clin"),
         ("model.slide_encoder.widht=5", "model.slide_encoder.widht must be a known field.*width"),

@@ -53,6 +53,9 @@ class Cases:
     def __len__(self) -> int:
         return len(self.tiles)
 
+    def for_epoch(self, epoch: int) -> Cases:
+        return self
+
     def batch(self, indices: Sequence[int]) -> CaseBatch:
         self.seen.append(list(indices))
         tiles = [self.tiles[i] for i in indices]

@@ -43,7 +43,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(cases: Path, out: Path, *sets: str) -> RunConfig:
     # Everything that draws at random is on.
-    drawn = ("model.trunk_dropout=true", "model.slide_encoder.dropout=0.2")
+    drawn = (
+        "model.trunk_dropout=true",
+        "model.slide_encoder.dropout=0.2",
+        "inputs.tile_limit=every_epoch",
+        "inputs.max_tiles=4",
+    )
     return tiny_run_config([cases], out, "output.checkpoint_steps=1", *drawn, *sets)
 
 
