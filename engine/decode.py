@@ -128,9 +128,8 @@ class DecodeOptions:
     def shared_bytes(self) -> int:
         """Most shared memory: (2 workers + 2) x tiles of a block x 3 x tile_px**2 bytes.
 
-        75 MB for 2 workers and the default tiles. Each worker has about 25 MB of its own besides,
-        110 to 130 MB once it has surveyed a slide, and the libraries that only workers load take
-        80 MB, once.
+        75 MB for 2 workers and the default tiles. Each worker has about 25 MB of its own besides
+        (110 to 130 MB once it has surveyed a slide), and libraries that only workers load 80 MB.
         """
         return self.slabs * self.tiles_per_block * 3 * self.tiles.tile_px**2
 
