@@ -162,6 +162,11 @@ def judged(
             continue
         config = config_of(options.model, cases, fold, options.set)
         epochs = options.epochs or [config.training.epochs]
+        if max(epochs) > config.training.epochs:
+            raise InputError(
+                f"--epochs must be at most training.epochs = {config.training.epochs}, got "
+                f"{max(epochs)}; raise it with --set training.epochs=N"
+            )
         for count, evaluation in judge(cases, fold, config, epochs).items():
             yield options.model, count, evaluation
 

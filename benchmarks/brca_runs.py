@@ -63,7 +63,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "learner.settings.dropout=0.25",
         "training.cases_per_step=32",
         "training.epochs=20",
-        "training.validate_every=20",
+        "training.validate_every=1000",
     ),
     "gene_mixer": (
         "learner.kind=gene_mixer",
@@ -75,7 +75,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "learner.settings.out_width=128",
         "training.cases_per_step=32",
         "training.epochs=20",
-        "training.validate_every=20",
+        "training.validate_every=1000",
     ),
 }
 

@@ -7,6 +7,7 @@ preset, the TOML file, `--set key.sub=value`.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 PRESETS = ("prov-gigapath", "titan", "small", "genes")
 _READ = {"image": "slides", "genes": "genes"}
@@ -227,6 +230,10 @@ class RunConfig(_Section):
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Name the fields, `a.b`, in which a dumped configuration differs, free sections aside."""
+        try:  # fields that have come since have their defaults
+            other = RunConfig.model_validate(dict(other)).model_dump(mode="json")
+        except ValidationError:
+            logger.debug("compared with a configuration of another form: %s", other)
         own, old = _flat(self.model_dump(mode="json")), _flat(other)
         return sorted(
             name

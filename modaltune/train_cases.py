@@ -274,7 +274,7 @@ class StreamedCases:
         """Return tiles used and tiles there of each case over the limit."""
         found: dict[str, tuple[int, int]] = {}
         for name in self.case_ids:
-            kept = self._limit.rows(name, self._counts[name])
+            kept = self._limit.rows(name, self._counts[name], self._epoch)
             if kept:
                 used = sum(len(rows) for rows in kept if rows is not None)
                 found[name] = (used, sum(self._counts[name]))

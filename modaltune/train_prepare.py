@@ -180,7 +180,7 @@ def _provenance(config: RunConfig, train: StreamedCases, val: StreamedCases) -> 
         "run_config": config.model_dump(mode="json"),
         "tile_limit": {
             **vars(config.inputs.limit),
-            "limited": {**train.tile_counts(), **val.tile_counts()},
+            "limited": {**train.for_epoch(0).tile_counts(), **val.tile_counts()},
         },
         "trained_on": list(train.case_ids),
         "left_out": {part: list(cases) for part, cases in left_out.items()},

@@ -68,7 +68,8 @@ def _judge_baseline(prepared: Prepared, run: BaselineRun, training: Training) ->
         own = _embedded(prepared, learner, train, training)
         return {**found, **_probed(prepared, own, other)}
     said = run.predict_embedded(val.case_ids, other.numpy())
-    return {**found, **validate_heads(said.probabilities, said.risk, targets)}
+    sites = [prepared.pooled.site[case] for case in val.case_ids]
+    return {**found, **validate_heads(said.probabilities, said.risk, targets, sites)}
 
 
 def _embedded(

@@ -64,6 +64,8 @@ class Choice:
             first: The figure to choose by; without it the first of `CHOSEN_BY` that there is.
         """
         names = (first, *CHOSEN_BY)
+        if self.by not in (None, first) and found.get(first) is not None:
+            self.by, self.value = first, None  # the figure asked for is there now
         by = self.by or next((n for n in names if found.get(n) is not None), None)
         value = None if by is None else found.get(by)
         gain = math.inf

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 COX_PENALTY = 0.1
+_FIGURES = ("balanced_accuracy", "accuracy", "c_index")
 
 
 def validate(
@@ -59,9 +60,8 @@ def validate(
         )  # fmt: skip
     if len(by_site) == 1:
         return next(iter(by_site.values()))
-    means = {name: _mean(by_site, name) for name in ("balanced_accuracy", "accuracy", "c_index")}
     return {
-        **means,
+        **{name: _mean(by_site, name) for name in _FIGURES},
         "sites": by_site,
         "site_balanced_accuracy": _site_accuracy(train, val, own, other),
     }
@@ -70,7 +70,7 @@ def validate(
 def _one_site(
     train: Floats, val: Floats, train_targets: Targets, val_targets: Targets
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"balanced_accuracy": None, "accuracy": None, "c_index": None}
+    found: dict[str, Any] = dict.fromkeys(_FIGURES)
     classes = val_targets.classes.numpy()
     known = classes >= 0
     try:
@@ -104,16 +104,36 @@ def _class_figures(true: Ints, predicted: Ints, labels: Ints) -> dict[str, Any]:
 
 
 def validate_heads(
-    probabilities: Floats | None, risk: Floats | None, targets: Targets
+    probabilities: Floats | None, risk: Floats | None, targets: Targets, sites: Sequence[int]
 ) -> dict[str, Any]:
     """Judge what a model's own heads say of validation cases, in the figures of `validate`.
+
+    With several sites figures are their means over sites, and `sites` has each.
 
     Args:
         probabilities: `[m, C]` of the classes 0..C - 1; None without a class head.
         risk: `[m]`, higher dies sooner; None without a survival head.
         targets: Classes and survival of the m cases.
+        sites: Site number of each case.
     """
-    found: dict[str, Any] = {"balanced_accuracy": None, "accuracy": None, "c_index": None}
+    numbers = np.asarray(sites)
+    by_site: dict[str, dict[str, Any]] = {}
+    for site in sorted(set(numbers.tolist())):
+        here = np.flatnonzero(numbers == site)
+        by_site[str(site)] = _one_site_of_heads(
+            None if probabilities is None else probabilities[here],
+            None if risk is None else risk[here],
+            targets.rows(here.tolist()),
+        )
+    if len(by_site) == 1:
+        return next(iter(by_site.values()))
+    return {**{name: _mean(by_site, name) for name in _FIGURES}, "sites": by_site}
+
+
+def _one_site_of_heads(
+    probabilities: Floats | None, risk: Floats | None, targets: Targets
+) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(_FIGURES)
     classes = targets.classes.numpy()
     known = classes >= 0
     if probabilities is not None and known.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from pathlib import Path
@@ -227,6 +228,20 @@ def test_class_heads_say_nothing_of_another_cancer(runs: dict[str, Path], tmp_pa
     assert "class of another site" in test.loc[("direct", "balanced_accuracy"), "left_out"]
     assert test.loc[("direct", "c_index"), "n"] > 0
     assert test.loc[("embedding", "balanced_accuracy"), "n"] > 0  # its probes were fitted there
+
+
+def test_a_class_that_training_lacks_counts_as_unlabelled(cases: Path, tmp_path: Path) -> None:
+    opened = CasesFolder.open(cases)
+    strange = opened.clinical["primary_class"].copy()
+    strange[opened.split().val[0]] = 2
+    clinical = opened.clinical.assign(primary_class=strange)
+    parts = CasesContent(
+        clinical, opened.expression, opened.pathways,
+        pq.read_table(cases / "slides.parquet").to_pandas(), [opened.split()],
+    )  # fmt: skip
+    folder = write_cases_folder(tmp_path / "cases", parts).path
+    run_training(config(folder, tmp_path / "run", "pathway_mlp"))
+    assert all(math.isfinite(v["loss"]) for v in records(tmp_path / "run", "validation"))
 
 
 @pytest.mark.parametrize("kind", ["mcat", "linear_probe"])

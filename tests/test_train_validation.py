@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from modaltune.checkpoint import Run
 from modaltune.errors import InputError
 from modaltune.learner import ModalTuneLearner
 from modaltune.processes import make_accelerator
-from modaltune.targets import distillation_loss
+from modaltune.targets import Targets, distillation_loss
 from modaltune.testing_training import tiny_run_config, write_training_cases
 from modaltune.text_embeddings import PrecomputedText
 from modaltune.train import Training
@@ -24,6 +25,7 @@ from modaltune.train_prepare import prepare
 from modaltune.train_run import run_training
 from modaltune.train_validation import validation_of
 from modaltune.train_watcher import Choice
+from modaltune.validation import validate_heads
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,23 @@ def test_less_loss_is_better() -> None:
     instead = Choice()  # the figure asked for is not there
     assert instead.offer({"loss": None, "balanced_accuracy": 0.5}, 1, "loss")
     assert instead.by == "balanced_accuracy"
+    # ... and is, later on: what was chosen for want of it gives way, and a gap changes nothing.
+    assert instead.offer({"loss": 0.3, "balanced_accuracy": 0.4}, 2, "loss")
+    assert not instead.offer({"loss": None, "balanced_accuracy": 0.9}, 3, "loss")
+    assert (instead.by, instead.value, instead.epoch) == ("loss", 0.3, 2)
+
+
+def test_heads_are_judged_site_by_site() -> None:
+    """Two sites, each ranked and classified perfectly; the second site's risks lie above all."""
+    months = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
+    classes = torch.tensor([0, 1, 1, 0, 0, -1])
+    targets = Targets(None, classes, months, torch.ones(6))
+    risk = np.array([3.0, 2.0, 1.0, 9.0, 8.0, 7.0])
+    said = np.eye(2)[[0, 1, 1, 0, 1, 0]]
+    one = validate_heads(said, risk, targets, [0] * 6)
+    assert one["c_index"] == pytest.approx(6 / 15)
+    assert "sites" not in one
+    two = validate_heads(said, risk, targets, [0, 0, 0, 1, 1, 1])
+    assert two["c_index"] == 1.0
+    assert two["balanced_accuracy"] == pytest.approx((1.0 + 0.5) / 2)
+    assert two["sites"]["1"]["balanced_accuracy"] == 0.5

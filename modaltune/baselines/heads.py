@@ -115,7 +115,8 @@ def fit_times(durations: Tensor, events: Tensor, bins: int) -> Tensor:
     if len(ends) != bins or not (np.diff(ends) > 0).all():
         raise InputError(
             f"durations must hold enough times of death to cut {bins} bins, got {len(deaths)} "
-            f"deaths at {len(np.unique(deaths))} times; ask for fewer bins, or use the Cox head"
+            f"deaths at {len(np.unique(deaths))} times; set fewer bins (learner.bins), or leave "
+            "survival out (learner.survival = none)"
         )
     return torch.from_numpy(ends)
 
@@ -270,6 +271,6 @@ def make_survival_head(
             f"cases_per_step must bring {MIN_EVENTS_PER_BATCH} deaths per batch on average for a "
             f"Cox loss, which compares cases, got {expected:.2g} ({cases_per_batch} cases of which "
             f"{share:.0%} died); raise it to {math.ceil(MIN_EVENTS_PER_BATCH / share)} times "
-            "accumulation, or use survival='hazard'"
+            "accumulation times processes, or use survival='hazard'"
         )
     return CoxHead(width, times, ties)

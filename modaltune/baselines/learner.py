@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -243,8 +243,15 @@ class SupervisedLearner:
 
     @torch.inference_mode()
     def loss_embedded(self, embeddings: Tensor, targets: Targets) -> Tensor:
-        """Return the mean loss over cases, a scalar, of embeddings `[n, 1, d]` of `embed`."""
+        """Return the mean loss over cases, a scalar, of embeddings `[n, 1, d]` of `embed`.
+
+        A class that training cases lack has no output: it counts as 0, like one not labelled.
+        """
         weight = next(self.model.parameters())
+        head = self.supervised.class_head
+        if head is not None:
+            unseen = targets.classes >= head.out_features
+            targets = replace(targets, classes=targets.classes.masked_fill(unseen, -1))
         outputs = self.supervised.heads(embeddings[:, 0].to(weight.device, torch.float32))
         return self.loss(outputs, targets.to(weight.device))
 
