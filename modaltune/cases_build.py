@@ -98,6 +98,10 @@ def _read_clinical(
             follow_ups=follow_ups,
         )
         report.add_input("clinical", path.name, cases=len(table))
+        # A record of the GDC would have taken them: who lives was last seen then.
+        is_open = (table["event"] == 0) & table["survival_months"].isna()
+        unused = [case for case in table.index[is_open] if follow_ups.get(str(case))]
+        report.drop(path.name, "no GDC record: days of --follow-up not used", unused)
         tables.append((path.name, table))
     known = {str(case) for _, table in tables for case in table.index}
     report.drop("follow-up", "follow-up of no known case", set(follow_ups) - known)

@@ -61,7 +61,8 @@ class Choice:
         Args:
             found: Figures of the validation.
             epoch: Epochs done.
-            first: The figure to choose by; without it the first of `CHOSEN_BY` that there is.
+            first: The figure to choose by. As long as no validation has had it, the first of
+                `CHOSEN_BY` that there is.
         """
         names = (first, *CHOSEN_BY)
         if self.by not in (None, first) and found.get(first) is not None:

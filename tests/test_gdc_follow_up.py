@@ -149,6 +149,20 @@ def test_the_command_takes_it(tmp_path: Path) -> None:
     assert list(CasesFolder.open(tmp_path / "cases").case_ids) == IDS[:3]
 
 
+def test_days_that_no_gdc_record_takes_are_listed(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"case_id": IDS, "survival_months": [None] * 2 + [9.0, 3.0, 4.0]})
+    rows.assign(event=[0, 1, 0, 1, 0]).to_csv(tmp_path / "own.csv", index=False)
+    _follow_up(tmp_path / "follow_up.tsv")
+    request = CasesRequest.checked(
+        clinical=(tmp_path / "own.csv",), follow_up=(tmp_path / "follow_up.tsv",), require=(),
+        split=_all_train(tmp_path),
+    )  # fmt: skip
+    dropped = build_cases(request, tmp_path / "cases").report["dropped"]
+    (said,) = (d for d in dropped if d["source"] == "own.csv")
+    assert said["reason"] == "no GDC record: days of --follow-up not used"
+    assert said["items"] == [IDS[0]]
+
+
 def test_what_is_no_follow_up_table_is_refused(tmp_path: Path) -> None:
     clinical = _clinical(tmp_path / "clinical.tsv")
     path = _follow_up(tmp_path / "follow_up.tsv")

@@ -197,7 +197,10 @@ def test_equal_is_as_good_and_the_later_one_is_kept() -> None:
     assert (choice.epoch, choice.stale) == (3, 3)
     fallback = Choice()
     assert fallback.offer({"balanced_accuracy": None, "c_index": 0.7}, 1)
-    assert not fallback.offer({"balanced_accuracy": 0.9, "c_index": 0.6}, 2)
+    assert not fallback.offer({"balanced_accuracy": None, "c_index": 0.6}, 2)
+    # The figure asked for takes over as soon as there is one.
+    assert fallback.offer({"balanced_accuracy": 0.9, "c_index": 0.6}, 3)
+    assert not fallback.offer({"balanced_accuracy": 0.8, "c_index": 0.9}, 4)
     nothing = Choice()
     assert nothing.offer({}, 1)
     assert nothing.offer({}, 2)
