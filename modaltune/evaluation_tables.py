@@ -83,7 +83,17 @@ def comparison_table(
     Args:
         first, second: Runs; several of one side are seeds, whose means are compared.
         options: Of the paired bootstrap; its seed and size also serve the permutation tests.
+
+    Raises:
+        InputError: The runs of a side are not seeds of one recipe.
     """
+    for side in (first, second):
+        if any(set(e.scorers) != set(side[0].scorers) for e in side):
+            names = ", ".join(e.name for e in side)
+            raise InputError(
+                f"runs of one side must be seeds of one recipe, got {names}, scored in different "
+                "places; give --compare once for each"
+            )
     rows = []
     for place, other in _pairs(first[0].scorers, second[0].scorers):
         one = [e.scorers[place] for e in first]

@@ -151,6 +151,7 @@ def fit_probes(
     tasks: Sequence[str],
     labels: pd.DataFrame,
     *,
+    followed: pd.DataFrame | None = None,
     penalizer: float = 0.1,
     info: Mapping[str, Any] | None = None,
 ) -> FittedProbes:
@@ -161,6 +162,9 @@ def fit_probes(
         tasks: T names.
         labels: n rows in the order of the embeddings, with columns `primary_class` (-1 none),
             `survival_months` and `event` (NaN none), and optionally `site`.
+        followed: Rows of the same columns that censoring weights and times of survival metrics come
+            from: all training cases, so that runs that read different cases are scored alike.
+            Default: `labels`.
         penalizer: L2 penalty of the Cox probe; the published one is 0.1.
         info: Provenance to keep.
 
@@ -177,17 +181,21 @@ def fit_probes(
             f"{list(x.shape)}; embed the cases with this run"
         )
     check_rows(x, labels, "labels")
-    site = site_names(labels)
+    followed = labels if followed is None else followed
+    site, followed_site = site_names(labels), site_names(followed)
     sites = tuple(sorted(set(site) - {""}))
     is_pan = len(sites) > 1
     fitted: dict[tuple[str, str], ScopeProbes] = {}
     site_probes: dict[str, LogisticProbe] = {}
     for column, task in enumerate(tasks):
         own = as_features(f"embeddings[:, {column}]", x[:, column])
-        fitted[task, POOLED] = _fit_scope(own, labels, penalizer, with_class=not is_pan)
+        fitted[task, POOLED] = _fit_scope(own, labels, followed, penalizer, with_class=not is_pan)
         for name in sites if is_pan else ():
             rows = site == name
-            fitted[task, name] = _fit_scope(own[rows], labels[rows], penalizer, with_class=True)
+            seen = followed[followed_site == name]
+            fitted[task, name] = _fit_scope(
+                own[rows], labels[rows], seen, penalizer, with_class=True
+            )
         if is_pan:
             numbers = np.array([sites.index(s) if s else -1 for s in site])
             site_probes[task] = fit_logistic(own, numbers)
@@ -202,7 +210,7 @@ def site_names(labels: pd.DataFrame) -> Any:
 
 
 def _fit_scope(
-    x: Floats, labels: pd.DataFrame, penalizer: float, *, with_class: bool
+    x: Floats, labels: pd.DataFrame, followed: pd.DataFrame, penalizer: float, *, with_class: bool
 ) -> ScopeProbes:
     notes: list[str] = []
     logistic = cox = cut = reference = None
@@ -216,7 +224,8 @@ def _fit_scope(
             notes.append(str(error))
     try:
         probe = fit_cox(x, durations, events, penalizer)
-        cox, reference = SavedCox.of(probe), SurvivalReference.fit(durations, events)
+        cox = SavedCox.of(probe)
+        reference = SurvivalReference.fit(followed["survival_months"], followed["event"])
         known = ~(np.isnan(durations) | np.isnan(events))
         cut = float(np.median(cox.log_hazard(x[known])))
         notes += probe.notes
