@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from modaltune.errors import InputError
 from modaltune.probes import (
@@ -174,15 +174,10 @@ def fit_probes(
     Source:
         METHOD 4.4, 4.5 and 4.7.
     """
-    x = np.asarray(embeddings)
-    if x.ndim != 3 or x.shape[1] != len(tasks):
-        raise InputError(
-            f"embeddings must have shape [n, {len(tasks)}, d], a column per task prompt, got "
-            f"{list(x.shape)}; embed the cases with this run"
-        )
+    x = _by_task(embeddings, tasks)
     check_rows(x, labels, "labels")
     followed = labels if followed is None else followed
-    site, followed_site = site_names(labels), site_names(followed)
+    site = site_names(labels)
     sites = tuple(sorted(set(site) - {""}))
     is_pan = len(sites) > 1
     fitted: dict[tuple[str, str], ScopeProbes] = {}
@@ -192,14 +187,22 @@ def fit_probes(
         fitted[task, POOLED] = _fit_scope(own, labels, followed, penalizer, with_class=not is_pan)
         for name in sites if is_pan else ():
             rows = site == name
-            seen = followed[followed_site == name]
-            fitted[task, name] = _fit_scope(
-                own[rows], labels[rows], seen, penalizer, with_class=True
-            )
+            seen = followed[site_names(followed) == name]
+            fitted[task, name] = _fit_scope(own[rows], labels[rows], seen, penalizer)
         if is_pan:
             numbers = np.array([sites.index(s) if s else -1 for s in site])
             site_probes[task] = fit_logistic(own, numbers)
     return FittedProbes(tuple(tasks), sites, fitted, site_probes, dict(info or {}))
+
+
+def _by_task(embeddings: ArrayLike, tasks: Sequence[str]) -> NDArray[Any]:
+    x = np.asarray(embeddings)
+    if x.ndim != 3 or x.shape[1] != len(tasks):
+        raise InputError(
+            f"embeddings must have shape [n, {len(tasks)}, d], a column per task prompt, got "
+            f"{list(x.shape)}; embed the cases with this run"
+        )
+    return x
 
 
 def site_names(labels: pd.DataFrame) -> Any:
@@ -210,7 +213,12 @@ def site_names(labels: pd.DataFrame) -> Any:
 
 
 def _fit_scope(
-    x: Floats, labels: pd.DataFrame, followed: pd.DataFrame, penalizer: float, *, with_class: bool
+    x: Floats,
+    labels: pd.DataFrame,
+    followed: pd.DataFrame,
+    penalizer: float,
+    *,
+    with_class: bool = True,
 ) -> ScopeProbes:
     notes: list[str] = []
     logistic = cox = cut = reference = None
