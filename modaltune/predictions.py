@@ -122,7 +122,8 @@ def predict_with(
         embeddings: `[n, T, d]`, of the same run.
         task: Whose column is read.
         scope: `POOLED` or a site.
-        months: When to give survival; the times of the integrated Brier score by default.
+        months: When to give survival; by default the times of the integrated Brier score, as far
+            as the Cox probe's follow-up goes.
 
     Raises:
         InputError: Unknown task or scope, or shapes do not fit.
@@ -143,7 +144,9 @@ def predict_with(
         parts["labels"] = own.logistic.labels
         parts["probabilities"] = own.logistic.predict_proba(features)
     if own.cox is not None and own.reference is not None:
-        when = own.reference.brier_times if months is None else np.asarray(months, np.float64)
+        # The reference knows all training cases; the probe may have seen shorter follow-up.
+        known = own.reference.brier_times[own.reference.brier_times <= own.cox.times[-1]]
+        when = known if months is None else np.asarray(months, np.float64)
         parts["risk"] = own.cox.log_hazard(features)
         parts["months"], parts["survival"] = when, own.cox.survival(features, when)
     return Predictions(tuple(map(str, case_ids)), **parts)

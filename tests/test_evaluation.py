@@ -267,6 +267,22 @@ def test_runs_that_read_other_cases_are_weighed_alike(sites: tuple[str, ...]) ->
     assert not table["note"].str.contains("first:").any()
 
 
+def test_a_run_of_shorter_follow_up_keeps_its_brier_score() -> None:
+    """Over the months that it knows, and with no difference to a run that knows more."""
+    cases, split = _study(n=240)
+    months = cases.clinical.loc[list(split.train), "survival_months"]
+    gone = set(months[months > months.quantile(0.7)].index)
+    kept = [case for case in cases.case_ids if case not in gone]
+    some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
+    pair = [evaluate_cases(c, split, parts=("test",)) for c in (cases, some)]
+    table = comparison_table(pair[:1], pair[1:], POINTS)
+    row = _one(table, task="survival", metric="integrated_brier")
+    assert np.isfinite([row["first_value"], row["second_value"]]).all()
+    assert np.isnan(row["difference"])
+    assert "over different months: not compared" in row["note"]
+    assert np.isfinite(_one(table, task="survival", metric="uno_c_index")["difference"])
+
+
 def test_runs_of_one_side_are_seeds_of_one_recipe(study: Any) -> None:
     cases, split, found = study
     direct = evaluate_predictions(
