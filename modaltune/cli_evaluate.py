@@ -129,6 +129,7 @@ def _as_json(result: EvaluateResult) -> dict[str, Any]:
 
 def _render(result: EvaluateResult) -> None:
     from modaltune.console_tables import frame_table, headline_tables
+    from modaltune.evaluation_report import report_warnings
     from modaltune.evaluation_tables import HEADLINES
 
     for table in headline_tables(result.headline):
@@ -138,8 +139,8 @@ def _render(result: EvaluateResult) -> None:
         shown = shown[(shown["split"] == "test") & shown["metric"].isin(HEADLINES)]
         columns = ["first", "second", "task", "metric", "difference", "low", "high", "p_bootstrap"]
         out_console.print(frame_table(shown[columns], "First minus second, test cases"))
-    if result.summary["random_backbone"]:
-        out_console.print("[yellow]the slide encoder of this model is random, not pretrained[/]")
+    for warning in report_warnings(result.summary):
+        out_console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for part, missing in result.summary["without_embedding"].items():
         if missing:
             out_console.print(f"{len(missing)} {part} cases hold nothing that the run reads")

@@ -156,6 +156,7 @@ def fit_on(cases: EmbeddedCases, train: Sequence[str], *, penalizer: float = 0.1
         cases.take(ids),
         cases.tasks,
         cases.clinical.loc[ids],
+        followed=cases.clinical.loc[[case for case in train if case in cases.clinical.index]],
         penalizer=penalizer,
         info={**about, **(info or {})},
     )
@@ -192,7 +193,7 @@ def evaluate_cases(
     collected = _Collected(cases.clinical)
     site = dict(zip(cases.clinical.index, site_names(cases.clinical), strict=True))
     embedded = set(cases.case_ids)
-    if fitted is not None and probes.sites:
+    if probes.sites:
         collected.foreign = {c for c, name in site.items() if name and name not in probes.sites}
     for part in parts:
         asked = split.parts[part]

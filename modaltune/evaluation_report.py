@@ -21,6 +21,28 @@ def class_names(folders: Sequence[CasesFolder]) -> tuple[str, ...]:
     return tuple(str(names.get(str(k), f"class {k}")) for k in range(count))
 
 
+def report_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """Return what is to be known of the runs before their figures, a sentence each.
+
+    Args:
+        summary: With `runs`: the name of each, `random_backbone` and `fit_on` (tables of
+            predictions have neither).
+    """
+    runs = summary["runs"]
+    random = [run["name"] for run in runs if run.get("random_backbone")]
+    published = [run["name"] for run in runs if run.get("fit_on", "train") != "train"]
+
+    def of(names: Sequence[str]) -> str:
+        return "this model" if len(runs) == 1 else ", ".join(names)
+
+    found = []
+    if random:
+        found.append(f"The slide encoder of {of(random)} is random, not pretrained.")
+    if published:
+        found.append(f"Scalers and survival bins of {of(published)} saw validation and test cases.")
+    return found
+
+
 def report_markdown(
     summary: Mapping[str, Any], scores: pd.DataFrame, fits: pd.DataFrame, comparison: pd.DataFrame
 ) -> str:
@@ -34,10 +56,8 @@ def report_markdown(
         + f" Intervals: 95 %, {summary['bootstrap']['resamples']} bootstrap resamples of patients.",
         "",
     ]
-    if summary["random_backbone"]:
-        lines += ["**The slide encoder of this model is random, not pretrained.**", ""]
-    if summary["fit_on"] != "train":
-        lines += ["**Scalers and survival bins of this model saw validation and test cases.**", ""]
+    for warning in report_warnings(summary):
+        lines += [f"**{warning}**", ""]
     for part, cases in summary["without_embedding"].items():
         if cases:
             lines += [f"{len(cases)} {part} cases hold nothing that the run reads.", ""]

@@ -83,7 +83,12 @@ def comparison_table(
     Args:
         first, second: Runs; several of one side are seeds, whose means are compared.
         options: Of the paired bootstrap; its seed and size also serve the permutation tests.
+
+    Raises:
+        InputError: The runs of a side are not seeds of one recipe.
     """
+    _check_seeds(first)
+    _check_seeds(second)
     rows = []
     for place, other in _pairs(first[0].scorers, second[0].scorers):
         one = [e.scorers[place] for e in first]
@@ -114,6 +119,16 @@ def comparison_table(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _check_seeds(side: Sequence[Evaluation]) -> None:
+    """Refuse runs whose mean would be over different things."""
+    if any(set(e.scorers) != set(side[0].scorers) for e in side):
+        names = ", ".join(e.name for e in side)
+        raise InputError(
+            f"runs of one side must be seeds of one recipe, got {names}, scored in different "
+            "places; give --compare once for each"
+        )
 
 
 def _pairs(first: Iterable[Place], second: Collection[Place]) -> Iterator[tuple[Place, Place]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from modaltune.errors import InputError
 from modaltune.probes import (
@@ -151,6 +151,7 @@ def fit_probes(
     tasks: Sequence[str],
     labels: pd.DataFrame,
     *,
+    followed: pd.DataFrame | None = None,
     penalizer: float = 0.1,
     info: Mapping[str, Any] | None = None,
 ) -> FittedProbes:
@@ -161,6 +162,9 @@ def fit_probes(
         tasks: T names.
         labels: n rows in the order of the embeddings, with columns `primary_class` (-1 none),
             `survival_months` and `event` (NaN none), and optionally `site`.
+        followed: Rows of the same columns that censoring weights and times of survival metrics come
+            from: all training cases, so that runs that read different cases are scored alike.
+            Default: `labels`.
         penalizer: L2 penalty of the Cox probe; the published one is 0.1.
         info: Provenance to keep.
 
@@ -170,13 +174,9 @@ def fit_probes(
     Source:
         METHOD 4.4, 4.5 and 4.7.
     """
-    x = np.asarray(embeddings)
-    if x.ndim != 3 or x.shape[1] != len(tasks):
-        raise InputError(
-            f"embeddings must have shape [n, {len(tasks)}, d], a column per task prompt, got "
-            f"{list(x.shape)}; embed the cases with this run"
-        )
+    x = _by_task(embeddings, tasks)
     check_rows(x, labels, "labels")
+    followed = labels if followed is None else followed
     site = site_names(labels)
     sites = tuple(sorted(set(site) - {""}))
     is_pan = len(sites) > 1
@@ -184,14 +184,25 @@ def fit_probes(
     site_probes: dict[str, LogisticProbe] = {}
     for column, task in enumerate(tasks):
         own = as_features(f"embeddings[:, {column}]", x[:, column])
-        fitted[task, POOLED] = _fit_scope(own, labels, penalizer, with_class=not is_pan)
+        fitted[task, POOLED] = _fit_scope(own, labels, followed, penalizer, with_class=not is_pan)
         for name in sites if is_pan else ():
             rows = site == name
-            fitted[task, name] = _fit_scope(own[rows], labels[rows], penalizer, with_class=True)
+            seen = followed[site_names(followed) == name]
+            fitted[task, name] = _fit_scope(own[rows], labels[rows], seen, penalizer)
         if is_pan:
             numbers = np.array([sites.index(s) if s else -1 for s in site])
             site_probes[task] = fit_logistic(own, numbers)
     return FittedProbes(tuple(tasks), sites, fitted, site_probes, dict(info or {}))
+
+
+def _by_task(embeddings: ArrayLike, tasks: Sequence[str]) -> NDArray[Any]:
+    x = np.asarray(embeddings)
+    if x.ndim != 3 or x.shape[1] != len(tasks):
+        raise InputError(
+            f"embeddings must have shape [n, {len(tasks)}, d], a column per task prompt, got "
+            f"{list(x.shape)}; embed the cases with this run"
+        )
+    return x
 
 
 def site_names(labels: pd.DataFrame) -> Any:
@@ -202,7 +213,12 @@ def site_names(labels: pd.DataFrame) -> Any:
 
 
 def _fit_scope(
-    x: Floats, labels: pd.DataFrame, penalizer: float, *, with_class: bool
+    x: Floats,
+    labels: pd.DataFrame,
+    followed: pd.DataFrame,
+    penalizer: float,
+    *,
+    with_class: bool = True,
 ) -> ScopeProbes:
     notes: list[str] = []
     logistic = cox = cut = reference = None
@@ -216,7 +232,8 @@ def _fit_scope(
             notes.append(str(error))
     try:
         probe = fit_cox(x, durations, events, penalizer)
-        cox, reference = SavedCox.of(probe), SurvivalReference.fit(durations, events)
+        cox = SavedCox.of(probe)
+        reference = SurvivalReference.fit(followed["survival_months"], followed["event"])
         known = ~(np.isnan(durations) | np.isnan(events))
         cut = float(np.median(cox.log_hazard(x[known])))
         notes += probe.notes

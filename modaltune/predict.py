@@ -31,7 +31,7 @@ from modaltune.evaluation import DIRECT
 from modaltune.fitted_probes import POOLED, FittedProbes, site_names
 from modaltune.omics import read_expression
 from modaltune.prediction_files import write_predictions
-from modaltune.predictions import Predictions, predict_sites, predict_with
+from modaltune.predictions import Predictions, predict_sites, predict_with, survival_column
 from modaltune.probe_files import load_probes
 from modaltune.run_evaluation import check_probes
 from modaltune.survival_groups import group_of
@@ -149,7 +149,7 @@ def _rows(
         columns["risk_group"] = group_of(said.risk, np.nan if risk_cut is None else risk_cut)
     if said.survival is not None and said.months is not None:
         for k, month in enumerate(said.months):
-            columns[f"survival_{month:g}m"] = said.survival[:, k]
+            columns[survival_column(month)] = said.survival[:, k]
     return pd.DataFrame(columns)
 
 

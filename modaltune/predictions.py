@@ -122,7 +122,8 @@ def predict_with(
         embeddings: `[n, T, d]`, of the same run.
         task: Whose column is read.
         scope: `POOLED` or a site.
-        months: When to give survival; the times of the integrated Brier score by default.
+        months: When to give survival; by default the times of the integrated Brier score, as far
+            as the Cox probe's follow-up goes.
 
     Raises:
         InputError: Unknown task or scope, or shapes do not fit.
@@ -143,7 +144,9 @@ def predict_with(
         parts["labels"] = own.logistic.labels
         parts["probabilities"] = own.logistic.predict_proba(features)
     if own.cox is not None and own.reference is not None:
-        when = own.reference.brier_times if months is None else np.asarray(months, np.float64)
+        # The reference knows all training cases; the probe may have seen shorter follow-up.
+        known = own.reference.brier_times[own.reference.brier_times <= own.cox.times[-1]]
+        when = known if months is None else np.asarray(months, np.float64)
         parts["risk"] = own.cox.log_hazard(features)
         parts["months"], parts["survival"] = when, own.cox.survival(features, when)
     return Predictions(tuple(map(str, case_ids)), **parts)
@@ -167,6 +170,11 @@ def predict_sites(
     return Predictions(tuple(map(str, case_ids)), probe.labels, given)
 
 
+def survival_column(month: float) -> str:
+    """Return the name of a column of survival, with all digits: a rounded month is another one."""
+    return f"survival_{np.format_float_positional(month, trim='-')}m"
+
+
 def predictions_table(predictions: Predictions) -> pd.DataFrame:
     """Return predictions as a table: `case_id`, `class_<k>`, `risk`, `survival_<months>m`."""
     columns: dict[str, Any] = {"case_id": list(predictions.case_ids)}
@@ -177,7 +185,7 @@ def predictions_table(predictions: Predictions) -> pd.DataFrame:
         columns["risk"] = predictions.risk
     if predictions.survival is not None and predictions.months is not None:
         for k, month in enumerate(predictions.months):
-            columns[f"survival_{month:g}m"] = predictions.survival[:, k]
+            columns[survival_column(month)] = predictions.survival[:, k]
     return pd.DataFrame(columns)
 
 
@@ -206,7 +214,9 @@ def read_predictions(path: str | Path, task: str | None = None) -> Predictions:
             )
         table = table if task is None else table[table["task"] == task]
     classes = sorted(int(m[1]) for c in table if (m := _CLASS_COLUMN.fullmatch(str(c))))
-    months = sorted(float(m[1]) for c in table if (m := _SURVIVAL_COLUMN.fullmatch(str(c))))
+    curve = sorted(
+        (float(m[1]), str(c)) for c in table if (m := _SURVIVAL_COLUMN.fullmatch(str(c)))
+    )
     if "case_id" not in table or not (classes or "risk" in table):
         raise CohortError(
             f"{path} must have the column case_id and of class_<k>, risk, survival_<months>m at "
@@ -218,7 +228,7 @@ def read_predictions(path: str | Path, task: str | None = None) -> Predictions:
         parts["probabilities"] = table[[f"class_{k}" for k in classes]].to_numpy(np.float64)
     if "risk" in table:
         parts["risk"] = table["risk"].to_numpy(np.float64)
-    if months:
-        parts["months"] = np.array(months)
-        parts["survival"] = table[[f"survival_{m:g}m" for m in months]].to_numpy(np.float64)
+    if curve:
+        parts["months"] = np.array([month for month, _ in curve])
+        parts["survival"] = table[[name for _, name in curve]].to_numpy(np.float64)
     return Predictions(tuple(table["case_id"].astype(str)), **parts)

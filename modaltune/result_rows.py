@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from modaltune.errors import InputError
 from modaltune.probes import Floats, Ints
 from modaltune.resampling import Resamples, bootstrap, difference, mean_score
 from modaltune.scorers import Scorer
@@ -96,15 +95,12 @@ def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[Sco
     """Return a row per metric: of one run, or the mean over runs of several seeds.
 
     Args:
-        scorers: One per seed, of the same metrics; patients that not all of them score are left
-            out, and counted.
+        scorers: One per seed; metrics that not all of them have are left out, and so are patients
+            that not all of them score, who are counted.
         options: Of the intervals.
-
-    Raises:
-        InputError: The runs do not have the same metrics.
     """
-    names = _same_names(scorers)
-    scorers, left_out = _aligned(scorers)
+    names = _shared_names(scorers)
+    scorers, left_out = _aligned([_only(s, names) for s in scorers])
     first, count = scorers[0], len(scorers[0].case_ids)
     every = np.arange(count)
     each = np.array([s.score(every) if count else np.full(len(names), np.nan) for s in scorers])
@@ -115,8 +111,7 @@ def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[Sco
         notes = [first.note(name)]
         if 1 < len(scorers) < LEAST_SEEDS:
             notes.append(f"{len(scorers)} seeds; at least {LEAST_SEEDS} are needed for a spread")
-        if draws is not None and not draws.complete:
-            notes.append("too few patients to resample")
+        notes.append(_draw_note(draws))
         rows.append(
             ScoreRow(
                 name,
@@ -137,15 +132,16 @@ def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[Sco
 def difference_rows(
     first: Sequence[Scorer], second: Sequence[Scorer], options: BootstrapOptions
 ) -> list[DifferenceRow]:
-    """Return a row per metric that both have: first minus second, on the patients of both.
+    """Return a row per metric that all have: first minus second, on the patients of both.
+
+    Brier scores that were integrated over different months have no difference.
 
     Args:
         first, second: Scorers of one run each, or of several seeds, whose mean is compared.
         options: Of the paired bootstrap.
     """
-    shared = [name for name in first[0].names if name in second[0].names]
-    own = [_only(s, shared) for s in (*first, *second)]
-    aligned, left_out = _aligned(own)
+    shared = _shared_names((*first, *second))
+    aligned, left_out = _aligned([_only(s, shared) for s in (*first, *second)])
     one, two = aligned[: len(first)], aligned[len(first) :]
     unpaired = left_out.get("not scored by every run", 0)
     count = len(one[0].case_ids)
@@ -154,29 +150,39 @@ def difference_rows(
     every = np.arange(count)
     values = [np.mean([s.score(every) for s in side], axis=0) for side in (one, two)]
     draws = _draw(one, two, options)
-    low, high = _ends(draws, len(shared))
     p_values = np.full(len(shared), np.nan) if draws is None else draws.p_values()
+    told = np.array([values[0] - values[1], *_ends(draws, len(shared)), p_values])
+    notes = [[_both_notes(one[0].note(n), two[0].note(n)), _draw_note(draws)] for n in shared]
+    for k, name in enumerate(shared):
+        if name == "integrated_brier" and len({s.note(name) for s in aligned}) > 1:
+            told[:, k] = np.nan
+            notes[k].append("over different months: not compared")
     return [
         DifferenceRow(
             name,
             float(values[0][k]),
             float(values[1][k]),
-            float(values[0][k] - values[1][k]),
-            float(low[k]),
-            float(high[k]),
-            float(p_values[k]),
+            float(told[0, k]),
+            float(told[1, k]),
+            float(told[2, k]),
+            float(told[3, k]),
             count,
             unpaired,
             0 if draws is None else draws.redrawn,
-            _both_notes(one[0].note(name), two[0].note(name)),
+            "; ".join(note for note in notes[k] if note),
         )
         for k, name in enumerate(shared)
     ]
 
 
 def _both_notes(first: str, second: str) -> str:
-    """Return the notes of two runs; a Brier score over other months is no fair comparison."""
+    """Return the notes of two runs."""
     return first if first == second else f"first: {first or 'none'}; second: {second or 'none'}"
+
+
+def _draw_note(draws: Resamples | None) -> str:
+    """Return why there is no interval, if one was asked for."""
+    return "" if draws is None or draws.complete else "too few patients to resample"
 
 
 def _draw(
@@ -192,10 +198,18 @@ def _draw(
     return bootstrap(
         score,
         count,
-        strata=one[0].strata if options.stratified or one[0].is_stratified else None,
+        strata=_strata(one[0], options.stratified),
         resamples=options.resamples,
         seed=options.seed,
     )
+
+
+def _strata(scorer: Scorer, stratified: bool) -> Ints | None:
+    """Return the strata `[n]` to draw within: sites, and if asked for classes or deaths in them."""
+    if scorer.sites is None or not stratified:
+        return scorer.strata if stratified else scorer.sites
+    pairs = np.stack([scorer.sites, scorer.strata], axis=1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _ends(draws: Resamples | None, width: int) -> tuple[Floats, Floats]:
@@ -204,13 +218,8 @@ def _ends(draws: Resamples | None, width: int) -> tuple[Floats, Floats]:
     return draws.interval()
 
 
-def _same_names(scorers: Sequence[Scorer]) -> tuple[str, ...]:
-    names = {scorer.names for scorer in scorers}
-    if len(names) != 1:
-        raise InputError(
-            f"scorers must have the same metrics, got {sorted(names)}; average runs of one recipe"
-        )
-    return names.pop()
+def _shared_names(scorers: Sequence[Scorer]) -> list[str]:
+    return [name for name in scorers[0].names if all(name in s.names for s in scorers)]
 
 
 def _only(scorer: Scorer, names: Sequence[str]) -> Scorer:
@@ -252,17 +261,18 @@ def _reordered(scorer: Scorer, order: Sequence[str]) -> Scorer:
         score=lambda drawn: scorer.score(rows[drawn]),
         resampled=resampled,
         strata=scorer.strata[rows],
+        sites=None if scorer.sites is None else scorer.sites[rows],
         events=scorer.events[rows],
     )
 
 
 def mean_over(scorers: Sequence[Scorer]) -> Scorer:
-    """Return the mean over sites of the metrics that all of them have; sites are strata.
+    """Return the mean over sites of the metrics that all have; resamples keep their sizes.
 
     Source:
         METHOD 4.7.
     """
-    names = [name for name in scorers[0].names if all(name in s.names for s in scorers)]
+    names = _shared_names(scorers)
     own = [_only(s, names) for s in scorers]
     ends = np.cumsum([0, *(len(s.case_ids) for s in own)])
 
@@ -283,9 +293,9 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         tuple(case for s in own for case in s.case_ids),
         score,
         resampled,
-        np.repeat(np.arange(len(own)), np.diff(ends)),
+        np.concatenate([s.strata for s in own]),
         np.concatenate([s.events for s in own]),
         left_out,
         {"": f"mean over {len(own)} sites"},
-        is_stratified=True,
+        sites=np.repeat(np.arange(len(own)), np.diff(ends)),
     )

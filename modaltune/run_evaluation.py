@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from modaltune.baseline_run import BaselineRun
+from modaltune.checkpoint import file_sha256
 from modaltune.engine.atomic import atomic_path, write_json_atomic
-from modaltune.errors import CheckpointError, CohortError, InputError
+from modaltune.errors import CheckpointError, CohortError
 from modaltune.evaluated_cases import (
     EvaluatedCases,
     InputOptions,
@@ -39,11 +40,10 @@ from modaltune.fitted_probes import POOLED, FittedProbes, ScopeProbes
 from modaltune.predictions import predictions_table, read_predictions
 from modaltune.probe_files import load_probes, save_probes
 from modaltune.result_rows import BootstrapOptions
-from modaltune.tables import name_few, repeated
+from modaltune.run_names import TABLES, check_distinct, run_names
 
 logger = logging.getLogger(__name__)
 
-TABLES = (".csv", ".parquet", ".pq")  # of predictions, where a run folder could stand
 ProbesFrom = Literal["cases", "run"]
 
 
@@ -97,19 +97,17 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
         InputError: Something asked for breaks a rule.
     """
     for side in ((request.run, *request.seeds), *request.compare):
-        _check_distinct(side)
+        check_distinct(side)
     folders = [request.run, *request.seeds, *(path for side in request.compare for path in side)]
     names = dict(zip(folders, run_names(folders), strict=True))
     with _progress(console) as progress:
-        main = _embedded(request, request.run, names, progress)
+        runs = _Runs(names, progress)
+        main = _embedded(request, request.run, runs)
         out = request.out or default_folder(request.run, main)
-        seeds = [_embedded(request, path, names, progress) for path in request.seeds]
+        seeds = [_embedded(request, path, runs) for path in request.seeds]
         for path, run in zip(request.seeds, seeds, strict=True):
             _check_unseen(main, run, path)
-        rivals = [
-            [_rival(request, main, path, names, progress) for path in side]
-            for side in request.compare
-        ]
+        rivals = [[_rival(request, main, path, runs) for path in side] for side in request.compare]
         fitted, kept = _probes(request, main, out)
         evaluations = [_evaluated(request, main, main, fitted)]
         evaluations += [
@@ -119,27 +117,18 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
         waiting = progress.add_task("score and resample", total=None)
         scores, comparison = _tables(request, evaluations, rivals)
         progress.remove_task(waiting)
-    result = _write(request, out, main, evaluations, scores, comparison)
+    summary = _summary(request, main, evaluations[0], list(runs.told.values()))
+    result = _write(out, main, evaluations[0], scores, comparison, summary, request.pictures)
     return replace(result, written=(*kept, *result.written))
 
 
-def _check_distinct(side: Sequence[Path]) -> None:
-    """Refuse a run that stands for several seeds."""
-    if twice := repeated([str(path.resolve()) for path in side]):
-        raise InputError(
-            f"seeds must be different runs, got {name_few(twice)} more than once; give each once"
-        )
+@dataclass(frozen=True)
+class _Runs:
+    """The names of all runs, the bar that shows how they are embedded, and what is told of each."""
 
-
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each run: its folder's, with the parent's where that repeats."""
-    own = [path.resolve() for path in folders]
-    short = {path: path.stem if path.suffix in TABLES else path.name for path in own}
-    taken = list(short.values())
-    return [
-        short[path] if taken.count(short[path]) == 1 else f"{path.parent.name}/{short[path]}"
-        for path in own
-    ]
+    names: Mapping[Path, str]
+    progress: Progress
+    told: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
 
 def default_folder(run_folder: Path, main: EvaluatedCases) -> Path:
@@ -160,11 +149,10 @@ def _progress(console: Console | None) -> Progress:
     )
 
 
-def _embedded(
-    request: EvaluateRequest, path: Path, names: Mapping[Path, str], progress: Progress
-) -> EvaluatedCases:
+def _embedded(request: EvaluateRequest, path: Path, runs: _Runs) -> EvaluatedCases:
     """Embed the cases with one run, or read what an earlier evaluation embedded."""
-    task = progress.add_task(f"embed with {names[path]}", total=None)
+    name, progress = runs.names[path], runs.progress
+    task = progress.add_task(f"embed with {name}", total=None)
     found = embed_cases(
         path,
         cases=request.cases,
@@ -173,9 +161,16 @@ def _embedded(
         options=request.inputs,
         cache=(request.out or path) / "embeddings",
         progress=lambda done, total: progress.update(task, completed=done, total=total),
-        name=names[path],
+        name=name,
     )
     progress.remove_task(task)
+    runs.told[path.resolve()] = {
+        "name": name,
+        "path": str(path.resolve()),
+        "weights_sha256": found.key["weights_sha256"],
+        "fit_on": found.run.info.get("fit_on", "train"),
+        "random_backbone": found.run.random_backbone,
+    }
     return found
 
 
@@ -193,18 +188,18 @@ def _check_unseen(main: EvaluatedCases, other: EvaluatedCases, path: Path) -> No
         )
 
 
-def _rival(
-    request: EvaluateRequest,
-    main: EvaluatedCases,
-    path: Path,
-    names: Mapping[Path, str],
-    progress: Progress,
-) -> Evaluation:
+def _rival(request: EvaluateRequest, main: EvaluatedCases, path: Path, runs: _Runs) -> Evaluation:
     """Evaluate another run, or a table of predictions, on the cases of the main run."""
     if path.suffix in TABLES:
-        said = read_predictions(path)
-        return evaluate_predictions(said, main.cases.clinical, main.split, name=names[path])
-    other = _embedded(request, path, names, progress)
+        said, name = read_predictions(path), runs.names[path]
+        runs.told[path.resolve()] = {
+            "name": name,
+            "path": str(path.resolve()),
+            "sha256": file_sha256(path),
+        }
+        scope = _direct_scope(_saved(request, request.run, main), None)
+        return evaluate_predictions(said, main.cases.clinical, main.split, name=name, fitted=scope)
+    other = _embedded(request, path, runs)
     _check_unseen(main, other, path)
     return _evaluated(request, other, main, _saved(request, path, other))
 
@@ -216,6 +211,14 @@ def _saved(request: EvaluateRequest, path: Path, run: EvaluatedCases) -> FittedP
     fitted = load_probes(path)
     check_probes(fitted, run.key["weights_sha256"], path)
     return fitted
+
+
+def _direct_scope(saved: FittedProbes | None, risk_cut: float | None) -> ScopeProbes | None:
+    """Return the weights and times of saved probes, for what a model predicts itself."""
+    if saved is None:
+        return None
+    reference = saved.probes[saved.tasks[0], POOLED].reference
+    return ScopeProbes(None, None, risk_cut, reference)
 
 
 def _probes(
@@ -266,10 +269,7 @@ def _evaluated(
     sites = set(own.info["sites"])
     site = cases.clinical["site"].dropna() if "site" in cases.clinical else pd.Series(dtype=object)
     foreign = {str(case) for case in site[~site.isin(sites)].index} if sites else set()
-    scope = None
-    if request.probes == "run" and fitted is not None:
-        reference = fitted.probes[run.run.tasks[0], POOLED].reference
-        scope = ScopeProbes(None, None, own.info.get("risk_cut"), reference)
+    scope = _direct_scope(fitted if request.probes == "run" else None, own.info.get("risk_cut"))
     direct = evaluate_predictions(
         said, cases.clinical, main.split, name=run.name, foreign=foreign, fitted=scope
     )
@@ -298,23 +298,24 @@ def _tables(
 
 
 def _write(
-    request: EvaluateRequest,
     out: Path,
     main: EvaluatedCases,
-    evaluations: Sequence[Evaluation],
+    first: Evaluation,
     scores: pd.DataFrame,
     comparison: pd.DataFrame,
+    summary: dict[str, Any],
+    pictures: bool,
 ) -> EvaluateResult:
     """Write tables, pictures, predictions and the summary; the summary comes last."""
-    first, headline, fits = evaluations[0], headline_table(scores), fit_table(evaluations[0])
+    headline, fits = headline_table(scores), fit_table(first)
     written = [*write_table(out, "scores", scores), *write_table(out, "fits", fits)]
     if not comparison.empty:
         written += write_table(out, "comparison", comparison)
     with atomic_path(out / "predictions.parquet") as temporary:
         all_predictions(first).to_parquet(temporary, index=False)
     written.append(out / "predictions.parquet")
-    summary = _summary(request, main, first, headline)
-    if request.pictures:
+    summary["headline"] = json_rows(headline)
+    if pictures:
         own = scores[scores["run"] == first.name]
         classes = class_names(main.folders)
         drawn = draw_evaluation(
@@ -347,14 +348,24 @@ def all_predictions(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def _summary(
-    request: EvaluateRequest, main: EvaluatedCases, first: Evaluation, headline: pd.DataFrame
+    request: EvaluateRequest,
+    main: EvaluatedCases,
+    first: Evaluation,
+    runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
+    """Return what was done with what: enough to do it again."""
     parts = {part: len(cases) for part, cases in main.split.parts.items()}
     return {
         "run": main.name,
+        "runs": list(runs),
+        "run_folder": str(request.run.resolve()),
+        "weights_sha256": main.key["weights_sha256"],
         "cases": main.cases_name,
+        "cases_folders": [str(folder.path.resolve()) for folder in main.folders],
         "cases_sha256": main.cases_sha256,
         "own_cases": main.is_own,
+        "fold": request.fold,
+        "device": request.device,
         "probes": request.probes,
         "penalizer": request.penalizer,
         "bootstrap": vars(request.bootstrap),
@@ -363,7 +374,7 @@ def _summary(
         "random_backbone": main.run.random_backbone,
         "split": parts,
         "without_embedding": {part: list(cases) for part, cases in first.missing.items()},
-        "seeds": [str(path) for path in request.seeds],
-        "headline": json_rows(headline),
+        "seeds": [str(path.resolve()) for path in request.seeds],
+        "compare": [[str(path.resolve()) for path in side] for side in request.compare],
         "software_version": importlib.metadata.version("modaltune"),
     }

@@ -51,7 +51,7 @@ class Scorer:
         events: `[n]` 1 for a death, or for a case outside the first class.
         left_out: Reason -> cases that are not scored.
         notes: Metric -> what a reader has to know; under "" what concerns all.
-        is_stratified: Resamples always keep the size of each stratum.
+        sites: `[n]` groups whose sizes every resample keeps; None for none.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ class Scorer:
     events: Ints
     left_out: Mapping[str, int]
     notes: Mapping[str, str]
-    is_stratified: bool = False
+    sites: Ints | None = None
 
     @property
     def num_events(self) -> int:

@@ -247,6 +247,65 @@ def test_direct_predictions_enter_the_same_tables(study: Any) -> None:
     assert _one(table, split="test", task="general", metric="auroc")["difference"] < 0
 
 
+@pytest.mark.parametrize("sites", [("breast",), ("breast", "kidney")])
+def test_runs_that_read_other_cases_are_weighed_alike(sites: tuple[str, ...]) -> None:
+    """Censoring weights and times come from all training cases, embedded or not."""
+    cases, split = _study(n=240, sites=sites)
+    months = cases.clinical.loc[list(split.train), "survival_months"]
+    gone = set(months[months > months.median()].index[::2])
+    kept = [case for case in cases.case_ids if case not in gone]
+    some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
+    fits = [fit_on(c, split.train) for c in (cases, some)]
+    for place, own in fits[0].probes.items():
+        other = fits[1].probes[place]
+        assert own.reference is not None
+        assert other.reference is not None
+        assert own.reference.to_dict() == other.reference.to_dict()
+        assert own.risk_cut != other.risk_cut
+    pair = [evaluate_cases(c, split) for c in (cases, some)]
+    table = comparison_table(pair[:1], pair[1:], POINTS)
+    assert not table["note"].str.contains("first:").any()
+
+
+def test_a_run_of_shorter_follow_up_keeps_its_brier_score() -> None:
+    """Over the months that it knows, and with no difference to a run that knows more."""
+    cases, split = _study(n=240)
+    months = cases.clinical.loc[list(split.train), "survival_months"]
+    gone = set(months[months > months.quantile(0.7)].index)
+    kept = [case for case in cases.case_ids if case not in gone]
+    some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
+    pair = [evaluate_cases(c, split, parts=("test",)) for c in (cases, some)]
+    table = comparison_table(pair[:1], pair[1:], POINTS)
+    row = _one(table, task="survival", metric="integrated_brier")
+    assert np.isfinite([row["first_value"], row["second_value"]]).all()
+    assert np.isnan(row["difference"])
+    assert "over different months: not compared" in row["note"]
+    assert np.isfinite(_one(table, task="survival", metric="uno_c_index")["difference"])
+
+
+def test_runs_of_one_side_are_seeds_of_one_recipe(study: Any) -> None:
+    cases, split, found = study
+    direct = evaluate_predictions(
+        found.predictions[Place("test", "diagnosis", POOLED, "class")], cases.clinical, split,
+        name="rival", parts=("test",),
+    )  # fmt: skip
+    for sides in (([found, direct], [found]), ([found], [direct, found])):
+        with pytest.raises(InputError, match=r"must be seeds of one recipe, got .*rival"):
+            comparison_table(*sides, POINTS)
+
+
+def test_classes_of_a_site_that_training_lacks_are_not_scored() -> None:
+    """Whoever fitted the probes: class numbers mean other diagnoses there."""
+    cases, split = _study()
+    clinical = cases.clinical.copy()
+    away = list(split.test[:5])
+    clinical.loc[away, "site"] = "kidney"
+    found = evaluate_cases(replace(cases, clinical=clinical), split, parts=("test",))
+    scorer = found.scorers[Place("test", "diagnosis", POOLED, "class")]
+    assert scorer.left_out["class of another site"] == len(away)
+    assert not set(scorer.case_ids) & set(away)
+
+
 def test_comparison_and_seeds(study: Any, tmp_path: Path) -> None:
     cases, split, found = study
     noise = np.random.default_rng(9).normal(size=cases.embeddings.shape)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from modaltune.cases_folder import CasesFolder, file_sha256
+from modaltune.checkpoint import WEIGHTS
 from modaltune.cli import app
 from modaltune.cohort_embeddings import read_embeddings
 from modaltune.errors import CheckpointError, CohortError, InputError
@@ -21,7 +22,7 @@ from modaltune.evaluated_cases import InputOptions, embed_cases, run_split, seen
 from modaltune.evaluation_report import class_names, report_markdown
 from modaltune.probe_files import load_probes
 from modaltune.result_rows import BootstrapOptions
-from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run, run_names
+from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run
 from modaltune.splits import Split
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
 
@@ -151,6 +152,17 @@ def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
         _one(alone.scores, **where)["value"]
     )
     assert set(found.comparison["second"]) == {"seed1", "given"}
+    told = json.loads((own / "evaluation.json").read_text())
+    assert told["run_folder"] == str(study.runs[0].resolve())
+    assert told["cases_folders"] == [str(study.cases.path.resolve())]
+    assert told["compare"] == [[str(study.runs[1].resolve())], [str(given.resolve())]]
+    weights = [file_sha256(run / WEIGHTS) for run in study.runs]
+    assert [run.get("weights_sha256") for run in told["runs"]] == [*weights, None]
+    assert told["runs"][3]["sha256"] == file_sha256(given)
+    assert told["weights_sha256"] == weights[0]
+    assert told["fold"] is None
+    report = (own / "report.md").read_text()
+    assert "slide encoder of seed0, seed1, seed2 is random" in report
     assert set(found.comparison["seeds"]) == {"3 and 1"}
     assert "## Differences, first minus second" in (own / "report.md").read_text()
     with pytest.raises(InputError, match=r"seeds must be different runs, got .*seed1 more than"):
@@ -190,6 +202,24 @@ def test_another_cohort(study: Study) -> None:
     own = _one(found.scores, split="test", task="survival", metric="c_index")
     assert other["n"] == own["n"] > 0
     assert other["value"] != own["value"]
+
+
+def test_a_table_is_weighed_as_the_run_it_is_set_beside(study: Study, tmp_path: Path) -> None:
+    """With the run's own probes, weights and times of a rival table are of the same cases."""
+    _evaluate(study)
+    others = {"cases": (study.other.path,), "probes": "run"}
+    alone = _evaluate(study, **others)
+    table = pd.read_parquet(study.runs[0] / "evaluation-bladder" / "predictions.parquet")
+    table[table["task"] == "survival"].to_csv(tmp_path / "given.csv", index=False)
+    beside = _evaluate(study, **others, compare=((tmp_path / "given.csv",),))
+    scores = beside.scores[beside.scores["run"] == "given"]
+    for metric in ("uno_c_index", "mean_auc", "integrated_brier"):
+        own = _one(alone.scores, split="test", task="survival", metric=metric)
+        given = _one(scores, split="test", metric=metric)
+        assert given["value"] == own["value"]
+        assert given["note"] == own["note"]
+        row = _one(beside.comparison, split="test", task="survival", metric=metric)
+        assert row["difference"] == 0
 
 
 def test_several_folders_are_several_sites(study: Study) -> None:
@@ -289,17 +319,22 @@ def test_names_of_classes_and_what_a_report_warns_of(study: Study) -> None:
     assert class_names([folder, folder]) == ()
     assert class_names([study.cases]) == ()
     summary = {
-        "run": "r", "cases": "c", "split": {"test": 3}, "probes": "run", "random_backbone": False,
-        "bootstrap": {"resamples": 5}, "fit_on": "published", "without_embedding": {"test": []},
+        "run": "r", "cases": "c", "split": {"test": 3}, "probes": "run",
+        "bootstrap": {"resamples": 5}, "without_embedding": {"test": []},
+        "runs": [{"name": "r", "random_backbone": False, "fit_on": "published"}],
     }  # fmt: skip
     empty = pd.DataFrame(columns=["run", "task", "scope", "kind", "split", "metric"])
     page = report_markdown(summary, empty, pd.DataFrame(), pd.DataFrame())
-    assert "saw validation and test cases" in page
-    page = report_markdown({**summary, "fit_on": "train"}, empty, pd.DataFrame(), pd.DataFrame())
+    assert "of this model saw validation and test cases" in page
+    rivals = [
+        {"name": "r", "random_backbone": False, "fit_on": "train"},
+        {"name": "s", "random_backbone": True, "fit_on": "train"},
+        {"name": "t", "random_backbone": True, "fit_on": "published"},
+        {"name": "table", "path": "table.csv"},
+    ]
+    page = report_markdown({**summary, "runs": rivals}, empty, pd.DataFrame(), pd.DataFrame())
+    assert "**The slide encoder of s, t is random, not pretrained.**" in page
+    assert "bins of t saw validation and test cases" in page
+    page = report_markdown({**summary, "runs": rivals[:1]}, empty, pd.DataFrame(), pd.DataFrame())
     assert "saw validation" not in page
-
-
-def test_names_of_runs_tell_them_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c.parquet"]
-    assert run_names([*folders, folders[0]]) == ["a/run", "b/run", "c", "a/run"]
-    assert run_names([folders[0], folders[0]]) == ["run", "run"]
+    assert "random" not in page

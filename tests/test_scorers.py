@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,55 @@ def test_paired_difference() -> None:
     assert (row.n, row.unpaired) == (70, 10)
 
 
+def test_brier_scores_over_other_months_are_not_compared() -> None:
+    labels = _labels(80)
+    said = _said(labels)
+    assert said.survival is not None
+    assert said.months is not None
+    fewer = replace(said, survival=said.survival[:, :-1], months=said.months[:-1])
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    one, two = (_need(survival_scorer(p, labels, reference)) for p in (said, fewer))
+    assert one.note("integrated_brier") != two.note("integrated_brier")
+    same = _by_name(difference_rows([one], [one], FAST))["integrated_brier"]
+    assert (same.difference, same.p_value, same.note) == (0, 1, one.note("integrated_brier"))
+    for sides in (([one], [two]), ([one, two], [one])):
+        rows = _by_name(difference_rows(*sides, FAST))
+        row = rows["integrated_brier"]
+        assert np.isnan([row.difference, row.low, row.high, row.p_value]).all()
+        assert np.isfinite([row.first, row.second]).all()
+        assert row.note.endswith("over different months: not compared")
+        assert np.isfinite(rows["uno_c_index"].difference)
+
+
+def test_runs_that_lack_a_metric_are_compared_on_the_others() -> None:
+    labels = _labels(80)
+    said = _said(labels)
+    bare = replace(said, survival=None, months=None)
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    whole, less = (_need(survival_scorer(p, labels, reference)) for p in (said, bare))
+    for rows in (
+        score_rows([whole, less], FAST),
+        score_rows([less, whole], FAST),
+        difference_rows([whole], [whole, less], FAST),
+        difference_rows([less, whole], [whole], FAST),
+    ):
+        assert [row.metric for row in rows] == list(less.names)
+
+
+def test_too_few_patients_to_resample_is_said_of_differences() -> None:
+    ids = [f"P{k}" for k in range(12)]
+    labels = pd.DataFrame({"primary_class": [*range(10), 0, 1]}, index=ids)
+    rng = np.random.default_rng(0)
+    said = [
+        Predictions(tuple(ids), np.arange(10), rng.dirichlet(np.ones(10), 12)) for _ in range(2)
+    ]
+    one, two = (_need(class_scorer(p, labels)) for p in said)
+    row = difference_rows([one], [two], FAST)[0]
+    assert np.isnan(row.low)
+    assert row.note == score_rows([one], FAST)[0].note == "too few patients to resample"
+    assert difference_rows([one], [two], BootstrapOptions(0))[0].note == ""
+
+
 def test_paired_tests_find_the_better_model() -> None:
     labels = _labels(80)
     labels.iloc[:2, 0] = -1
@@ -262,6 +312,45 @@ def test_mean_over_sites_keeps_their_sizes() -> None:
     row = _by_name(score_rows([mean], FAST))["auroc"]
     assert (row.n, row.note) == (60, "mean over 2 sites")
     assert row.low < row.value < row.high
+
+
+def test_strata_are_kept_within_sites() -> None:
+    labels = _labels()
+    parts = [labels.iloc[:20], labels.iloc[20:]]
+    own = [_need(class_scorer(_said(part), part)) for part in parts]
+    drawn: list[Any] = []
+    mean = mean_over(own)
+
+    def seen(counts: Any) -> Any:
+        drawn.append(counts)
+        return mean.resampled(counts)
+
+    strata = np.concatenate([own[0].strata, 10 + own[1].strata])
+    for stratified in (False, True):
+        drawn.clear()
+        score_rows([replace(mean, resampled=seen)], replace(FAST, stratified=stratified))
+        counts = np.concatenate(drawn[1:])  # the first is every patient once
+        assert (counts[:, :20].sum(1) == 20).all()
+        sizes = np.stack([counts[:, strata == k].sum(1) for k in np.unique(strata)])
+        assert (sizes.std(1) == 0).all() == stratified
+
+
+def test_months_keep_all_digits(tmp_path: Any) -> None:
+    """A rounded month is another one: the Brier score would be taken over other times."""
+    months = np.array([12.0, 12.3456789, 12.34567891, 1e-5])
+    said = Predictions(("a",), risk=np.zeros(1), survival=np.full((1, 4), 0.5), months=months)
+    table = predictions_table(said)
+    assert "survival_12m" in table
+    table.to_csv(tmp_path / "p.csv", index=False)
+    again = read_predictions(tmp_path / "p.csv")
+    assert again.months is not None
+    assert again.months.tolist() == sorted(months)
+    table = pd.DataFrame({"case_id": ["a"], "risk": [1.0], "survival_12.0m": [0.5]})
+    table.to_csv(tmp_path / "q.csv", index=False)
+    again = read_predictions(tmp_path / "q.csv")
+    assert again.months is not None
+    assert again.months.tolist() == [12]
+    assert np.array_equal(again.survival, [[0.5]])
 
 
 def test_predictions_in_files(tmp_path: Any) -> None:
