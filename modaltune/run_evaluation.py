@@ -40,7 +40,7 @@ from modaltune.fitted_probes import POOLED, FittedProbes, ScopeProbes
 from modaltune.predictions import predictions_table, read_predictions
 from modaltune.probe_files import load_probes, save_probes
 from modaltune.result_rows import BootstrapOptions
-from modaltune.run_names import TABLES, check_distinct, run_names
+from modaltune.run_names import TABLES, check_distinct, names_of_runs
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def evaluate_run(request: EvaluateRequest, console: Console | None = None) -> Ev
     for side in ((request.run, *request.seeds), *request.compare):
         check_distinct(side)
     folders = [request.run, *request.seeds, *(path for side in request.compare for path in side)]
-    names = dict(zip(folders, run_names(folders), strict=True))
+    names = dict(zip(folders, names_of_runs(folders), strict=True))
     with _progress(console) as progress:
         runs = _Runs(names, progress)
         main = _embedded(request, request.run, runs)

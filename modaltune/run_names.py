@@ -23,7 +23,7 @@ def check_distinct(side: Sequence[Path]) -> None:
         )
 
 
-def run_names(folders: Sequence[Path]) -> list[str]:
+def names_of_runs(folders: Sequence[Path]) -> list[str]:
     """Return a short name for each run, its own for each path.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modaltune.errors import InputError
-from modaltune.run_names import check_distinct, run_names
+from modaltune.run_names import check_distinct, names_of_runs
 
 ROOT = Path("/t")
 
@@ -25,7 +25,7 @@ ROOT = Path("/t")
     ],
 )
 def test_names_tell_runs_apart(paths: list[str], names: list[str]) -> None:
-    assert run_names([ROOT / path for path in paths]) == names
+    assert names_of_runs([ROOT / path for path in paths]) == names
 
 
 def test_a_run_is_no_seed_of_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -82,7 +83,8 @@ def expected(path: Path, coords: np.ndarray) -> np.ndarray:
 def children() -> set[int]:
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        found |= {int(pid) for pid in (task / "children").read_text().split()}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
 
 
