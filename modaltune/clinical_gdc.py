@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
@@ -98,6 +98,44 @@ def _json_cases(content: object) -> list[Any] | None:
     return content if isinstance(content, list) else None
 
 
+def case_rows(
+    text: TextIO,
+    path: Path,
+    header: Sequence[str],
+    delimiter: str,
+    key: str,
+    exclude: Collection[str] = (),
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield case and cells by column, stripped, of every row of a table after its header.
+
+    Args:
+        text: The table, after its header.
+        path: The file, for messages.
+        header: Its columns.
+        delimiter: What separates them.
+        key: The column that names the case.
+        exclude: Cases to leave out.
+
+    Raises:
+        CohortError: A row has more or fewer cells than the header, or names no case.
+    """
+    reader = csv.reader(text, delimiter=delimiter)
+    for row in reader:
+        if not any(map(str.strip, row)):
+            continue
+        line = reader.line_num + 1
+        if len(row) != len(header):
+            raise CohortError(
+                f"{path}, line {line} must have {len(header)} cells like the header, got "
+                f"{len(row)}; download the table again"
+            )
+        cells = dict(zip(header, map(str.strip, row), strict=True))
+        if is_missing(cells[key]):
+            raise CohortError(f"{path}, line {line} must name its case, got none; fill in {key}")
+        if cells[key] not in exclude:
+            yield cells[key], cells
+
+
 def gdc_records_from_table(
     text: TextIO,
     header: list[str],
@@ -127,22 +165,7 @@ def gdc_records_from_table(
     """
     key = next(name for name in CASE_ID_COLUMNS if name in header)
     cases: dict[str, _GdcCase] = {}
-    reader = csv.reader(text, delimiter=delimiter)
-    for row in reader:
-        if not any(map(str.strip, row)):
-            continue
-        line = reader.line_num + 1
-        if len(row) != len(header):
-            raise CohortError(
-                f"{path}, line {line} must have {len(header)} cells like the header, got "
-                f"{len(row)}; download the table again"
-            )
-        cells = {name: value.strip() for name, value in zip(header, row, strict=True)}
-        case_id = cells[key]
-        if is_missing(case_id):
-            raise CohortError(f"{path}, line {line} must name its case, got none; fill in {key}")
-        if case_id in exclude:
-            continue
+    for case_id, cells in case_rows(text, path, header, delimiter, key, exclude):
         is_new = key.startswith("cases.")
         _add_row(cases.setdefault(case_id, _GdcCase()), _by_entity(cells, is_new), case_id, path)
     return _records(_seen(cases, follow_ups), path, death_without_date, on_drop)

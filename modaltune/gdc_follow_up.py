@@ -7,13 +7,12 @@ stand in `follow_up.tsv` of the same download, a row per visit, as `follow_ups.d
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection
 from pathlib import Path
 
-from modaltune.clinical_gdc import CASE_ID_COLUMNS, as_days, known_text
+from modaltune.clinical_gdc import CASE_ID_COLUMNS, as_days, case_rows, known_text
 from modaltune.errors import CohortError
-from modaltune.tables import is_missing, name_few, open_text, read_header
+from modaltune.tables import name_few, open_text, read_header
 
 _DAYS_COLUMNS = ("follow_ups.days_to_follow_up", "days_to_follow_up")
 _KIND = "a readable follow-up table (follow_up.tsv of the GDC)"
@@ -51,24 +50,7 @@ def read_follow_ups(path: str | Path, exclude: Collection[str] = ()) -> dict[str
                 f"{' or '.join(_DAYS_COLUMNS)}, got {name_few(header, 12)}; give follow_up.tsv of "
                 "the GDC's clinical download"
             )
-        reader = csv.reader(text, delimiter=delimiter)
-        for row in reader:
-            if not any(map(str.strip, row)):
-                continue
-            line = reader.line_num + 1
-            if len(row) != len(header):
-                raise CohortError(
-                    f"{path}, line {line} must have {len(header)} cells like the header, got "
-                    f"{len(row)}; download the table again"
-                )
-            cells = dict(zip(header, map(str.strip, row), strict=True))
-            case = cells[keys[0]]
-            if is_missing(case):
-                raise CohortError(
-                    f"{path}, line {line} must name its case, got none; fill in {keys[0]}"
-                )
-            if case in exclude:
-                continue
+        for case, cells in case_rows(text, path, header, delimiter, keys[0], exclude):
             own = days.setdefault(case, set())
             if known_text(cells[columns[0]]) is not None:
                 own.add(as_days(cells[columns[0]], "days to a follow-up", case, path))
