@@ -263,6 +263,11 @@ class SlideStream(Iterator[EncodedSlide]):
             request = self._source.take()
             if request is None:
                 return
+            if request.key in self._open:  # decoded, and not encoded yet
+                raise InputError(
+                    f"key must be distinct among the slides in progress, got {request.key!r} "
+                    "twice; number them"
+                )
             self._decoder.submit(request)
             self._asked[request.key] = request
             self._taken += 1

@@ -215,6 +215,47 @@ def test_two_slides_of_one_name_are_refused(slides: list[Path]) -> None:
         list(stream)
 
 
+class SlowEncoder(CornerEncoder):
+    """Takes a second for each pass, and says when the first began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+
+    def _run(self, tiles: Tensor, size: int) -> Tensor:
+        self.begun.set()
+        threading.Event().wait(1.0)
+        return super()._run(tiles, size)
+
+
+class Again:
+    """A source that gives its slide once more when its tiles are all with the encoder."""
+
+    def __init__(self, path: Path, encoder: SlowEncoder) -> None:
+        self.request, self.encoder = SlideRequest("same", path), encoder
+        self.turns, self.left = 0, 2
+
+    def take(self) -> SlideRequest | None:
+        self.turns += self.encoder.begun.is_set()
+        # Some turns after the encoder began, the stream knows that no tile follows.
+        if self.left == 2 or (self.left == 1 and self.turns > 10):
+            self.left -= 1
+            return self.request
+        return None
+
+    def is_ended(self) -> bool:
+        return not self.left
+
+
+def test_a_name_is_taken_until_its_slide_is_encoded(slides: list[Path]) -> None:
+    encoder = SlowEncoder()
+    with (
+        pytest.raises(InputError, match="key must be distinct .* got 'same' twice"),
+        SlideStream(Again(slides[4], encoder), encoder, OPTIONS) as stream,
+    ):
+        list(stream)
+
+
 class Waiting:
     """A source that has its second slide only after the first has come out."""
 
