@@ -29,6 +29,10 @@ class DiskFullError(InputError, OSError):
     """A disk, a quota or the limit of a file's size has no room for an output."""
 
 
+class DeviceMemoryError(InputError):
+    """The memory of a device is full with a single tile, which is no slide's fault."""
+
+
 class LedgerError(InputError):
     """The ledger of an output folder can't be opened, read or written."""
 

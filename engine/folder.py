@@ -240,6 +240,7 @@ def embed_slides(
         RecipeChangedError: Finished slides were made by other settings.
         LedgerError: The ledger can't be used.
         DiskFullError: There is no room; run again once there is.
+        DeviceMemoryError: The encoder has no memory for a single tile; slides are given back.
     """
     options = options or EmbedOptions()
     out, folder = Path(out), features_folder(Path(out), encoder)

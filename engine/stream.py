@@ -31,7 +31,7 @@ from modaltune.engine.decode import (
     TileDecoder,
 )
 from modaltune.engine.encoded_slide import EncodedSlide, OpenSlide
-from modaltune.engine.errors import InputError
+from modaltune.engine.errors import DeviceMemoryError, InputError
 from modaltune.engine.profile import Observer, StreamClock
 
 if TYPE_CHECKING:
@@ -307,6 +307,8 @@ class SlideStream(Iterator[EncodedSlide]):
         tiles = batch.padded(self._multiple)
         try:
             features = self._encoder.encode(tiles).numpy()
+        except DeviceMemoryError:
+            raise  # every slide would fail by it
         except InputError as error:
             if len(batch.parts) == 1:
                 batch.parts[0].slide.fail(str(error))
@@ -316,6 +318,8 @@ class SlideStream(Iterator[EncodedSlide]):
                 try:
                     alone = self._encoder.encode(batch.memory[part.rows]).numpy()
                     part.slide.features[part.indices] = alone
+                except DeviceMemoryError:
+                    raise
                 except InputError as own:
                     part.slide.fail(str(own))
             return
@@ -359,6 +363,7 @@ def embed(
         InputError: The encoder is unknown, or something else asked for breaks a rule; from the
             iterator: two slides in progress have one id.
         WeightsError: The encoder's weights are missing.
+        DeviceMemoryError: From the iterator: the encoder has no memory for a single tile.
 
     Example:
         >>> with embed(paths, encoder="efficientnet-lite0") as slides:

@@ -1,6 +1,7 @@
 """Errors of the whole package under one roof; those of slides and files come from the engine."""
 
 from modaltune.engine.errors import (
+    DeviceMemoryError,
     DiskFullError,
     FeatureFileError,
     InputError,
@@ -24,6 +25,7 @@ class CohortError(InputError):
 __all__ = [
     "CheckpointError",
     "CohortError",
+    "DeviceMemoryError",
     "DiskFullError",
     "FeatureFileError",
     "InputError",

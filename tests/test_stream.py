@@ -18,11 +18,14 @@ from torch import Tensor
 
 from modaltune import engine
 from modaltune.embedding import EmbedRequest, embed_request
+from modaltune.engine.cohort import items_from_paths
 from modaltune.engine.decode import DecodeOptions, SlideRequest, TileDecoder, TileOptions
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import get_spec
 from modaltune.engine.encoders.runtime import TileEncoder
-from modaltune.engine.errors import InputError
+from modaltune.engine.errors import DeviceMemoryError, InputError
+from modaltune.engine.folder import EmbedOptions, embed_slides
+from modaltune.engine.ledger_report import read_status
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.stream import SlideStream, StreamOptions
 
@@ -170,6 +173,21 @@ def test_a_fault_of_the_encoder_reaches_the_caller(slides: list[Path]) -> None:
         list(stream)
     assert children() == before
     assert stream_threads() == []
+
+
+def test_a_device_without_memory_ends_the_run_and_costs_no_slide(
+    slides: list[Path], tmp_path: Path
+) -> None:
+    encoder = CornerEncoder()
+    encoder.error = MemoryError()
+    options = EmbedOptions(tile_px=PX, min_foreground=0.5, overlays=False)
+    items = items_from_paths(slides[:3])
+    with pytest.raises(DeviceMemoryError, match="must fit into the memory of cpu with one tile"):
+        embed_slides(items, encoder, tmp_path, options)
+    (one,) = read_status(tmp_path)
+    assert (one.counts["pending"], one.problems) == (3, ())
+    encoder.error = None
+    assert len(embed_slides(items, encoder, tmp_path, options).of("done")) == 3
 
 
 def test_leaving_early_leaves_nothing_behind(slides: list[Path]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modaltune.engine.encoders.spec import PRECISIONS, EncoderSpec
-from modaltune.engine.errors import InputError
+from modaltune.engine.errors import DeviceMemoryError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +181,8 @@ class TileEncoder(ABC):
 
         Raises:
             ValueError: `tiles` has another type or shape, or is too small for the crop.
-            InputError: Memory is full with a single tile, or the output is not finite or has
-                another width than the spec.
+            DeviceMemoryError: Memory is full with a single tile.
+            InputError: The output is not finite or has another width than the spec.
         """
         batch = _as_tensor(tiles)
         size = self.batch_size if batch_size is None else _checked_batch(batch_size)
@@ -231,7 +231,7 @@ class TileEncoder(ABC):
         """Return the next batch size after `tried` tiles filled the memory."""
         self.release_memory()
         if tried == 1:
-            raise InputError(
+            raise DeviceMemoryError(
                 f"{self.spec.name} must fit into the memory of {self.device} with one tile, got "
                 "out of memory; free memory, use another device or a smaller --tile-encoder"
             )
