@@ -68,6 +68,21 @@ class DeviceFacts:
         return {**asdict(self), "memory_bytes_per_s": self.memory_bytes_per_s}
 
 
+def cpu_or_cuda(device: str | torch.device) -> torch.device:
+    """Return the device that is meant, whether it is there or not.
+
+    Raises:
+        InputError: It is neither a CPU nor a CUDA device.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+    if wanted.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu or cuda, got {device!r}")
+    return wanted
+
+
 def device_facts(device: str | torch.device = "cpu") -> DeviceFacts:
     """Return the facts of a device; through PyCUDA on a GPU where it is installed, torch otherwise.
 
@@ -77,14 +92,9 @@ def device_facts(device: str | torch.device = "cpu") -> DeviceFacts:
     Raises:
         InputError: The device is neither, or it is a GPU that is not there.
     """
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+    wanted = cpu_or_cuda(device)
     if wanted.type == "cpu":
         return _cpu_facts()
-    if wanted.type != "cuda":
-        raise InputError(f"device must be cpu or cuda, got {device!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = wanted.index or 0
     if index >= count:

@@ -65,6 +65,21 @@ def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ("mps", "device must be cpu or cuda, got 'mps'"),
+        ("cuda:77", "device must be available, got 'cuda:77'"),
+    ],
+)
+def test_devices_that_cannot_be(tmp_path: Path, device: str, message: str) -> None:
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out", "--device", device)
+    assert result.exit_code == 1
+    assert message in said(result)
+    assert not (tmp_path / "out").exists()
+
+
 def test_python_dash_m_is_the_command_line() -> None:
     words = [sys.executable, "-m", "modaltune", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

@@ -228,6 +228,15 @@ def test_settings_and_networks_that_do_not_export(vit: TorchEncoder, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_places_where_no_file_can_be(vit: TorchEncoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"path must be a file to write, got the folder"):
+        export_encoder(vit, tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"path must lie in a folder that can be written, got .*"):
+        export_encoder(vit, tmp_path / "file" / "x.onnx", check=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_encoder_stays_as_it_was(vit: TorchEncoder, tmp_path: Path) -> None:
     tiles = probe_tiles(2, 40, 40)
     before = vit.encode(tiles)

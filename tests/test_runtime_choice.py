@@ -287,6 +287,13 @@ def test_runtimes_resume_each_other(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["counts"]["kept"] == 1
 
 
+@pytest.mark.parametrize("runtime", ["auto", "torch", "onnxruntime"])
+def test_tiles_that_are_too_small_are_named(eager: TorchEncoder, runtime: str) -> None:
+    no_resize = TorchEncoder(replace(SPEC, resize_px=None), eager.features)
+    with pytest.raises(InputError, match=r"tile_px must suit tiny, got \(20, 20\): crop_px must be"):
+        open_runtime(no_resize, runtime, tile_px=20)
+
+
 def test_loading_without_a_runtime_writes_nothing() -> None:
     encoder = load_encoder()
     assert isinstance(encoder, TorchEncoder)

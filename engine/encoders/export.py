@@ -25,6 +25,7 @@ from modaltune.engine.encoders.input_graph import TileInput
 from modaltune.engine.encoders.spec import PRECISIONS, EncoderSpec
 from modaltune.engine.encoders.torch_runtime import HALF_TYPES, TorchEncoder
 from modaltune.engine.errors import InputError
+from modaltune.kernels.tile_norm.api import crop_window
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +128,12 @@ def export_encoder(
         external_above: Bytes of weights above which they get a file of their own.
 
     Raises:
-        InputError: A setting is unknown, or the network can't be exported.
+        InputError: A setting is unknown, the network can't be exported, or the file not written.
         GateError: ONNX Runtime gives other features than eager PyTorch.
     """
+    final = Path(path)
+    if final.is_dir():
+        raise InputError(f"path must be a file to write, got the folder {final}; name a file in it")
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if preprocessing not in ("inside", "outside"):
@@ -141,7 +145,6 @@ def export_encoder(
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.model.metadata_props.update(metadata)
     program.model.producer_name = "modaltune"
-    final = Path(path)
     with TemporaryDirectory() as folder:
         data = _save(program.model, Path(folder), final, encoder.weights_sha256, external_above)
         del program
@@ -157,10 +160,18 @@ def export_encoder(
 
 
 def tile_shape(spec: EncoderSpec, tile_px: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Return height and width of the tiles that are meant."""
-    if tile_px is None:
-        return spec.tile_px, spec.tile_px
-    return (tile_px, tile_px) if isinstance(tile_px, int) else tile_px
+    """Return height and width of the tiles that are meant.
+
+    Raises:
+        InputError: They are too small for the encoder's crop.
+    """
+    side = spec.tile_px if tile_px is None else tile_px
+    size = (side, side) if isinstance(side, int) else side
+    try:
+        crop_window(*size, spec.resize_px, spec.input_px)
+    except ValueError as error:
+        raise InputError(f"tile_px must suit {spec.name}, got {size}: {error}") from error
+    return size
 
 
 def _typed_features(encoder: TorchEncoder, precision: str) -> nn.Module:
@@ -178,10 +189,7 @@ def _trace(
 ) -> torch.onnx.ONNXProgram:
     spec = encoder.spec
     dtype = HALF_TYPES.get(precision, torch.float32)
-    try:
-        front = TileInput(spec, *size) if preprocessing == "inside" else None
-    except ValueError as error:
-        raise InputError(f"tile_px must suit {spec.name}, got {size}: {error}") from error
+    front = TileInput(spec, *size) if preprocessing == "inside" else None
     module = _Exported(front, _typed_features(encoder, precision), dtype).eval()
     example = (
         torch.zeros((2, *size, 3), dtype=torch.uint8)
@@ -261,6 +269,14 @@ def _put(written: Path, final: Path) -> Path:
     """Move a finished file to its place, over file systems if need be, and make it durable."""
     import shutil
 
-    with atomic_path(final) as temporary:
-        shutil.move(written, temporary)
+    try:
+        with atomic_path(final) as temporary:
+            shutil.move(written, temporary)
+    except InputError:  # a full disk
+        raise
+    except OSError as error:
+        raise InputError(
+            f"path must lie in a folder that can be written, got {final} ({error}); mend its "
+            "rights, or name another"
+        ) from error
     return final

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from modaltune.engine.device import cpu_or_cuda
 from modaltune.engine.encoders.registry import (
     DEFAULT_ENCODER,
     TIMM_PREFIX,
@@ -77,6 +78,16 @@ def _load(
     return load_transformers(name, weights, allow_download, trust_remote_code)
 
 
+def _available(device: torch.device | str) -> torch.device:
+    place = cpu_or_cuda(device)
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            seen = f"with {count} GPUs" if count else "without a GPU"
+            raise InputError(f"device must be available, got {str(place)!r} {seen}; use 'cpu'")
+    return place
+
+
 def load_eager(
     name: str = DEFAULT_ENCODER,
     *,
@@ -88,9 +99,7 @@ def load_eager(
     batch_size: int | None = None,
 ) -> TorchEncoder:
     """Load a tile encoder in eager PyTorch; arguments and errors as `load_encoder`."""
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device must be available, got {str(place)!r} without a GPU; use 'cpu'")
+    place = _available(device)
     path = None if weights is None else Path(weights)
     spec, features = _load(name, path, allow_download, trust_remote_code)
     encoder = TorchEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
@@ -167,7 +176,7 @@ def load_encoder(
     asked = None
     if (
         runtime in RUNTIMES
-        and torch.device(device).type == "cpu"
+        and cpu_or_cuda(device).type == "cpu"
         and (precision, trust_remote_code) == (None, None)
         and not is_dynamic(name)
         and get_spec(name).backend != "transformers"
