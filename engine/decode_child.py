@@ -16,6 +16,7 @@ import sys
 import time
 from collections import OrderedDict
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
@@ -24,6 +25,7 @@ import numpy as np
 from modaltune.engine.decode_jobs import (
     Bool,
     DecodeJob,
+    FileStamp,
     LogLine,
     Refusal,
     Reply,
@@ -33,7 +35,7 @@ from modaltune.engine.decode_jobs import (
 )
 from modaltune.engine.decode_plan import group_tiles
 from modaltune.engine.decode_read import read_group
-from modaltune.engine.errors import DiskFullError, InputError
+from modaltune.engine.errors import DiskFullError, InputError, SlideError
 from modaltune.engine.jpeg_half import HalfScaleJpeg, can_halve
 from modaltune.engine.readers import SlideReader, open_slide
 from modaltune.engine.shared_tiles import SharedTiles
@@ -70,6 +72,11 @@ class _Lines(logging.Handler):
         return lines
 
 
+def _stamp(path: Path) -> FileStamp:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class _OpenSlides:
     """The slides this process has open, the last ones used; handles are its own."""
 
@@ -84,8 +91,16 @@ class _OpenSlides:
             slide = open_slide(
                 source.path, base_mpp=source.base_mpp, reader=source.reader, device=source.device
             )
-            # Decoding jobs name the reader that the survey found.
-            named = SlideSource(source.path, source.base_mpp, slide.name, slide.device)
+            # Decoding jobs name the reader that the survey found, and the file: it may be another
+            # by now, and what other processes have open still the old one.
+            stamp = _stamp(source.path)
+            if source.stamp not in (None, stamp):
+                slide.close()
+                raise SlideError(
+                    f"slide must stay as it is while it is read, got {source.path} changed; wait "
+                    "until it is whole"
+                )
+            named = SlideSource(source.path, source.base_mpp, slide.name, slide.device, stamp)
             if named in self._slides:
                 self._slides.pop(named).close()
             self._slides[named] = slide
@@ -112,6 +127,7 @@ def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:
     """Open, mask, tile and group one slide, and draw its overlay."""
     seconds, start = {}, time.perf_counter()
     slide = slides.get(job.source)
+    stamp = _stamp(job.source.path)
     _ = slide.mpp  # a slide without one fails here, before any work
     seconds["open"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -131,6 +147,7 @@ def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:
         mpp_source=slide.mpp_source or "",
         tissue_share=None if tissue is None else tissue.share,
         seconds=seconds,
+        stamp=stamp,
     )
 
 

@@ -386,10 +386,10 @@ class Dispatcher(threading.Thread):
         return Assigned(job, (slide, None), options.survey_timeout_s)
 
     def _decode_job(self, slide: Progress, survey: Survey) -> Assigned[Work]:
-        indices, grid = slide.groups.popleft(), survey.grid
+        indices, grid, request = slide.groups.popleft(), survey.grid, slide.request
         slide.in_hand += 1
         job = DecodeJob(
-            SlideSource(slide.request.path, slide.request.base_mpp, survey.reader, survey.device),
+            SlideSource(request.path, request.base_mpp, survey.reader, survey.device, survey.stamp),
             grid.coords[indices],
             ReadShape(grid.level, grid.read_px, grid.tile_px),
             self._free.pop(),

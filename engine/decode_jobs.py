@@ -17,6 +17,7 @@ Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 Tissue = Literal["lab", "lab-mean", "otsu", "hsv"]
 Device = Literal["cpu", "cuda"]
+FileStamp = tuple[int, int, int]  # inode, bytes, time of change in ns
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class SlideRequest:
 
 @dataclass(frozen=True)
 class SlideSource:
-    """Which file to open, and how: what a worker keeps an open slide under."""
+    """Which file to open, and how: what a worker keeps an open slide under.
+
+    `stamp` is the file as its survey found it; None takes it as it is now.
+    """
 
     path: Path
     base_mpp: float | None
     reader: str | None
     device: Device
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class Survey:
         mpp_source: Where the base mpp came from, "metadata" or "option".
         tissue_share: Share of the slide that is tissue, 0..1; None where it was not looked for.
         seconds: Seconds per stage: open, mask, and overlay where there is one.
+        stamp: The slide's file, as it was opened.
     """
 
     grid: TileGrid
@@ -103,6 +109,7 @@ class Survey:
     mpp_source: str
     tissue_share: float | None
     seconds: dict[str, float]
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -90,7 +92,7 @@ def reference(path: Path, options: TileOptions = TILES) -> tuple[TileGrid, Rgb]:
     return grid, np.stack(tiles) if tiles else np.empty((0, 64, 64, 3), np.uint8)
 
 
-def collect(decoder: TileDecoder, requests: list[SlideRequest]) -> dict[str, Rgb]:
+def collect(decoder: TileDecoder, requests: list[SlideRequest], most: int = 16) -> dict[str, Rgb]:
     """Put the tiles of slides together, checking the order of events on the way."""
     pixels: dict[str, Rgb] = {}
     seen: dict[str, npt.NDArray[np.int64]] = {}
@@ -103,7 +105,7 @@ def collect(decoder: TileDecoder, requests: list[SlideRequest]) -> dict[str, Rgb
             seen[event.key] = np.zeros(count, dtype=np.int64)
         elif isinstance(event, TileBlock):
             with event:
-                assert len(event) <= 16
+                assert len(event) <= most
                 assert not event.is_bad.any()
                 pixels[event.key][event.indices] = event.tiles
                 seen[event.key][event.indices] += 1
@@ -313,6 +315,22 @@ def test_half_scale_is_an_option(cohort: list[Path], tmp_path: Path) -> None:
         pixels = collect(d, [SlideRequest("a", path), SlideRequest("b", cohort[1])])
     assert 0 < np.abs(pixels["a"] - tiles).mean() < 1.5
     np.testing.assert_array_equal(pixels["b"], reference(cohort[1])[1])  # deflate: no such thing
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"half_scale_jpeg": True}, {"tiles": replace(TILES, reader="cucim")}]
+)
+def test_a_slide_that_was_mended_is_opened_anew(options: dict[str, Any], tmp_path: Path) -> None:
+    """Another file of the same name, as after a copy: no worker reads the one it has open still."""
+    path = tmp_path / "a.tif"
+    with TileDecoder(DecodeOptions(**{"tiles": TILES, "workers": 2, **options})) as decoder:
+        while len(decoder.ready_pids) < 2:
+            os.sched_yield()
+        for value in (90, 160, 120):
+            rgb = np.full((1280, 1280, 3), value, dtype=np.uint8)
+            write_pyramid(path, rgb, mpp=0.25, tile_px=128, compression="jpeg")
+            pixels = collect(decoder, [SlideRequest("a", path)], most=64)
+            assert np.abs(pixels["a"].astype(int) - value).max() <= 2
 
 
 @pytest.mark.parametrize(
