@@ -284,7 +284,7 @@ class TileDecoder:
         Raises:
             InputError: A slide of this key is in progress, or the decoder is closed.
         """
-        if not self._dispatcher.is_alive():
+        if self._shared.descriptor < 0:  # one that broke down says why in `next_event`
             raise InputError("decoder must be open to take slides, got a closed one; make another")
         if request.key in self._keys:
             raise InputError(

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,20 @@ def test_blocks_outlive_the_decoder_and_nothing_else_does(cohort: list[Path]) ->
     del decoder, kept, event
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_decoder_that_broke_down_says_why_whoever_asks_first(
+    monkeypatch: pytest.MonkeyPatch, cohort: list[Path]
+) -> None:
+    """A slide that comes when the processes have failed already is not told of a closed decoder."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    others = threading.active_count()
+    with TileDecoder(DecodeOptions(TILES, workers=1)) as decoder:
+        while threading.active_count() > others:
+            os.sched_yield()
+        decoder.submit(SlideRequest("a", cohort[0]))
+        with pytest.raises(DecodeError, match="decoder processes can't start: exit code 1"):
+            decoder.next_event(WAIT_S)
 
 
 def test_half_scale_is_an_option(cohort: list[Path], tmp_path: Path) -> None:
