@@ -290,7 +290,9 @@ def test_runtimes_resume_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", ["auto", "torch", "onnxruntime"])
 def test_tiles_that_are_too_small_are_named(eager: TorchEncoder, runtime: str) -> None:
     no_resize = TorchEncoder(replace(SPEC, resize_px=None), eager.features)
-    with pytest.raises(InputError, match=r"tile_px must suit tiny, got \(20, 20\): crop_px must be"):
+    with pytest.raises(
+        InputError, match=r"tile_px must suit tiny, got \(20, 20\): crop_px must be"
+    ):
         open_runtime(no_resize, runtime, tile_px=20)
 
 

@@ -268,7 +268,7 @@ class Again:
 def test_a_name_is_taken_until_its_slide_is_encoded(slides: list[Path]) -> None:
     encoder = SlowEncoder()
     with (
-        pytest.raises(InputError, match="key must be distinct .* got 'same' twice"),
+        pytest.raises(InputError, match=r"key must be distinct .* got 'same' twice"),
         SlideStream(Again(slides[4], encoder), encoder, OPTIONS) as stream,
     ):
         list(stream)
