@@ -41,6 +41,7 @@ class SlideState(NamedTuple):
     file_size: int | None
     file_mtime_ns: int | None
     judged: str | None
+    queue_rank: float
 
 
 class RecipeSet(NamedTuple):
@@ -63,7 +64,7 @@ def states(db: sqlite3.Connection, set_id: int) -> dict[str, SlideState]:
     """Return all slides of a set by id."""
     rows = db.execute(
         "SELECT id, slide_id, case_id, path, base_mpp, status, attempts, file_size, "
-        "file_mtime_ns, judged FROM slides WHERE set_id = ?",
+        "file_mtime_ns, judged, queue_rank FROM slides WHERE set_id = ?",
         (set_id,),
     )
     return {row[1]: SlideState._make(row) for row in rows}
@@ -169,15 +170,16 @@ def register(
         group: Their set.
         items: The slides.
         known: What the ledger says of the set's slides.
-        weigh: How heavy a slide is; asked of new ones only.
-        new_recipe: Whether a finished slide whose base mpp changed may be made again.
+        weigh: How heavy a slide is; asked of those that are new or lie elsewhere now.
+        new_recipe: Whether a finished slide whose base mpp or file changed may be made again.
         now: The time, seconds.
 
     Returns:
         Whether anything was written.
 
     Raises:
-        RecipeChangedError: The base mpp of finished slides changed, and `new_recipe` is False.
+        RecipeChangedError: The base mpp of finished slides changed, or they are other files of the
+            same name, and `new_recipe` is False.
     """
     new = [item for item in items if item.slide_id not in known]
     db.executemany(
@@ -188,18 +190,56 @@ def register(
             for item in new
         ),
     )  # fmt: skip
-    moved, scaled = [], []
+    moved, scaled, replaced = [], [], []
     for item in items:
         state = known.get(item.slide_id)
         if state is None:
             continue
         if item.base_mpp != state.base_mpp:
             scaled.append((item, state))
-        if (item.case_id, str(item.path)) != (state.case_id, state.path):
-            moved.append((item.case_id, str(item.path), state.row))
+        path = str(item.path)
+        # A slide that only moved is as heavy as before.
+        if path != state.path and (rank := -weigh(item)) != state.queue_rank:
+            replaced.append((item, state, rank))
+        if (item.case_id, path) != (state.case_id, state.path):
+            moved.append((item.case_id, path, state.row))
+    _replace(db, group, replaced, new_recipe=new_recipe, now=now)
     db.executemany("UPDATE slides SET case_id = ?, path = ? WHERE id = ?", moved)
     _rescale(db, group, scaled, new_recipe=new_recipe, now=now)
     return bool(new or moved or scaled)
+
+
+def _replace(
+    db: sqlite3.Connection,
+    group: RecipeSet,
+    replaced: Sequence[tuple[SlideItem, SlideState, float]],
+    *,
+    new_recipe: bool,
+    now: float,
+) -> None:
+    """Take another file for a slide's name; features of the old one are never taken for its own."""
+    changed = {
+        f"file of {item.slide_id}": (state.path, str(item.path))
+        for item, state, _ in replaced
+        if state.status == "running" or (state.status in ("done", "empty") and not new_recipe)
+    }
+    if changed:
+        raise RecipeChangedError(
+            f"slides of {group.folder} must be the files their features are made from, got files "
+            f"of another size: {_few(changed)}; choose another --out, give them distinct names, or "
+            "make them again with --new-recipe when no process is at work on them",
+            changed,
+        )
+    # The old feature file stays known as judged, so that it is not adopted.
+    db.executemany(
+        f"UPDATE slides SET queue_rank = ?, {FRESH}, updated_at = ? WHERE id = ?",
+        [(rank, now, state.row) for _, state, rank in replaced],
+    )
+
+
+def _few(changed: Mapping[str, tuple[Any, Any]], most: int = 5) -> str:
+    more = f"; and {len(changed) - most} more" if len(changed) > most else ""
+    return describe(dict(list(changed.items())[:most])) + more
 
 
 def _rescale(
@@ -220,11 +260,9 @@ def _rescale(
         if state.status in ("done", "empty")
     }
     if changed and not new_recipe:
-        first = dict(list(changed.items())[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise RecipeChangedError(
             f"slides of {group.folder} must keep the base mpp their finished features were made "
-            f"by, got {describe(first)}{more}; take back --base-mpp or the manifest's mpp, or make "
+            f"by, got {_few(changed)}; take back --base-mpp or the manifest's mpp, or make "
             "them again with --new-recipe",
             changed,
         )

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from modaltune.engine.cohort import SlideItem
-from modaltune.engine.errors import InputError, LeaseLostError, LedgerError
+from modaltune.engine.errors import InputError, LeaseLostError, LedgerError, RecipeChangedError
 from modaltune.engine.ledger import Lease, LeaseTerms, Ledger
 from modaltune.engine.ledger_leases import Worker
 from modaltune.engine.ledger_work import Claims, settles
@@ -127,6 +128,53 @@ def test_closing_gives_back_what_was_held(tmp_path: Path) -> None:
         claimed(ledger)
     with opened(tmp_path / "out", items) as ledger:
         assert ledger.counts() == {"pending": 3}
+        assert claimed(ledger).attempt == 1
+
+
+def another_file(items: list[SlideItem], folder: Path, content: bytes) -> SlideItem:
+    """A slide of the first one's name in another folder."""
+    folder.mkdir()
+    (folder / items[0].path.name).write_bytes(content)
+    return replace(items[0], path=folder / items[0].path.name)
+
+
+@pytest.mark.parametrize("tiles", [3, 0])
+def test_another_slide_of_the_same_name_is_not_taken_for_finished(
+    tmp_path: Path, tiles: int
+) -> None:
+    """Patients' folders with a slide of one name each, and one --out for all of them."""
+    items, out = cohort(tmp_path / "slides", 1), tmp_path / "out"
+    with opened(out, items) as ledger:
+        lease = claimed(ledger)
+        finish(ledger, lease, tiles)
+    before = lease.features.read_bytes()
+    moved = another_file(items, tmp_path / "moved", items[0].path.read_bytes())
+    with opened(out, [moved]) as ledger:
+        assert ledger.claim() is None
+        assert ledger.rows()[0].path == str(moved.path)
+    other = another_file(items, tmp_path / "other", b"another slide")
+    message = rf"another size: file of s0: stored {moved.path}, asked {other.path}; .*--new-recipe"
+    with pytest.raises(RecipeChangedError, match=message):
+        opened(out, [other])
+    with opened(out, [moved]) as ledger:
+        assert ledger.claim() is None  # nothing was changed
+    with opened(out, [other], new_recipe=True) as ledger:
+        again = claimed(ledger)
+        assert again.item == other
+        assert lease.features.read_bytes() == before  # until the new one is whole
+        with pytest.raises(RecipeChangedError, match="no process is at work"):
+            opened(out, items, new_recipe=True)
+        finish(ledger, again)
+    with opened(out, [other]) as ledger:
+        assert ledger.claim() is None
+
+
+def test_another_file_in_place_of_a_broken_one_is_tried(tmp_path: Path) -> None:
+    items, out = cohort(tmp_path / "slides", 1), tmp_path / "out"
+    with opened(out, items, terms=LeaseTerms(max_attempts=1)) as ledger:
+        ledger.commit_failed(claimed(ledger), "slide s0 must be whole")
+        assert ledger.claim() is None
+    with opened(out, [another_file(items, tmp_path / "mended", b"the whole slide")]) as ledger:
         assert claimed(ledger).attempt == 1
 
 
