@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modaltune.engine.errors import InputError
 from modaltune.engine.readers import MAX_MPP, MIN_MPP
@@ -34,11 +35,19 @@ def items_from_paths(paths: Sequence[Path], base_mpp: float | None = None) -> li
     """Return one item per slide file; each slide is a case of its own.
 
     Raises:
-        InputError: No file is given, one is missing, two share a name, or the mpp is absurd.
+        InputError: No file is given, one is missing, two share a name, a name is no text, or the
+            mpp is absurd.
     """
     _check_mpp("--base-mpp", base_mpp)
     if not paths:
         raise InputError("slides must be given, got none; name slide files, or use --manifest")
+    odd = [repr(str(path)) for path in paths if not _is_text(str(path))]
+    if odd:
+        raise InputError(
+            _many(
+                "slides of the command line must have names in UTF-8; rename those of others", odd
+            )
+        )
     items = [SlideItem(path, path.stem, path.stem, base_mpp) for path in paths]
     _refuse_repeats(items, "the command line")
     _refuse_missing(items, "the command line")
@@ -101,7 +110,12 @@ def read_manifest(
     return items
 
 
-def _item(row: dict[str, str | None], folder: Path, base_mpp: float | None) -> SlideItem:
+def _item(row: dict[str | None, Any], folder: Path, base_mpp: float | None) -> SlideItem:
+    if None in row:  # where a DictReader puts what has no column
+        raise InputError(
+            f"row must have no more cells than columns, got {', '.join(row[None])} beyond; quote "
+            "names with commas"
+        )
     name = (row.get("slide") or "").strip()
     if not name or "\0" in name:
         raise InputError(f"slide must be a file name, got {name!r}")
@@ -123,6 +137,15 @@ def _item(row: dict[str, str | None], folder: Path, base_mpp: float | None) -> S
         raise InputError(f"mpp of {name} must be a number, got {text!r}") from error
     _check_mpp(f"mpp of {name}", mpp)
     return SlideItem(full, full.stem, case, mpp)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written down; bytes that are not UTF-8 can't."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_mpp(what: str, mpp: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_root_option_and_absolute_paths(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,fine\n", "mpp of a.svs must be a number, got 'fine'"),
         ("slide,mpp\na.svs,nan\n", "mpp of a.svs must lie in"),
         ("slide\n\n ,\n", "must"),
+        ("slide,mpp\na.svs,0.25,P1\n", "line 2: row must have no more cells than columns, got P1"),
     ],
 )
 def test_rules_by_message(tmp_path: Path, text: str, message: str) -> None:
@@ -98,3 +100,10 @@ def test_paths_from_the_command_line(tmp_path: Path) -> None:
         items_from_paths([tmp_path / "a.svs", tmp_path / "x" / "a.svs"])
     with pytest.raises(InputError, match="existing files"):
         items_from_paths([tmp_path / "none.svs"])
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff.svs")
+    touch(tmp_path, odd.name)
+    with pytest.raises(InputError, match=r"must have names in UTF-8; .*, got 1: .*udcff.svs"):
+        items_from_paths([odd])
