@@ -166,6 +166,8 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         ({"architecture": "no_such_net"}, InputError, "must name a timm architecture, got 'no_su"),
         ({"architecture": "hf-hub:evil/model"}, InputError, "must name a timm architecture"),
         ({"pretrained_cfg": {"mean": [0.5] * 3}}, WeightsError, "got none for std, input_size"),
+        ({"pretrained_cfg": None}, WeightsError, "must hold a JSON object, and so must its"),
+        ({"model_args": []}, WeightsError, "must hold a JSON object, and so must its"),
         ({"model_args": {"checkpoint_path": "x"}}, WeightsError, "got checkpoint_path; remove"),
         ({"model_args": {"pretrained": True}}, WeightsError, "got pretrained; remove"),
         ({"model_args": {"width": 3}}, InputError, "must be a network that runs here, got:.*width"),
@@ -188,6 +190,9 @@ def test_folder_without_config_or_weights(tmp_path: Path) -> None:
     folder = _save(tmp_path / "m", _network())
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"must be a folder with model.safetensors or"):
+        load_encoder(f"timm:{folder}")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"must hold a JSON object"):
         load_encoder(f"timm:{folder}")
     (folder / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"must hold a config.json as timm's save_for_hf writes"):

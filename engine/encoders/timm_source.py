@@ -71,7 +71,13 @@ def _read_folder(folder: Path) -> _Reference:
             f"{folder} must hold a config.json as timm's save_for_hf writes it, got "
             f"{type(error).__name__}; save the model again"
         ) from error
-    cfg = {**config, **config.get("pretrained_cfg", {})}
+    said = config.get("pretrained_cfg", {}) if isinstance(config, dict) else None
+    if not isinstance(said, dict) or not isinstance(config.get("model_args", {}), dict):
+        raise WeightsError(
+            f"{path} must hold a JSON object, and so must its pretrained_cfg and model_args; save "
+            "the model again with timm's save_for_hf"
+        )
+    cfg = {**config, **said}
     missing = [key for key in _NEEDED if key not in cfg]
     if missing or "architecture" not in config:
         raise WeightsError(
