@@ -23,6 +23,7 @@ from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import read_manifest
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.folder import EmbedOptions, EmbedReport, embed_slides
+from modaltune.engine.ledger_schema import LEDGER_NAME
 from modaltune.engine.profile import StageTimer
 from modaltune.errors import InputError
 from modaltune.omics import read_expression
@@ -31,6 +32,11 @@ from modaltune.report import ReportData, write_report
 from modaltune.synthetic import NOTICE, write_cohort
 
 MARKER = "demo.json"  # what tells a demo's folder from anybody else's
+# All that a demo leaves in its folder; what else lies there is its owner's.
+_MADE = (
+    MARKER, "cohort", "features_*", "overlays", "run", "embeddings.parquet", "report.html",
+    "result.json", f"{LEDGER_NAME}*",
+)  # fmt: skip
 RANDOM_BACKBONE = (
     "RANDOM SLIDE ENCODER: the small LongNet of this demo is random, not pretrained. It shows how "
     "the pipeline works, not how well a foundation model does."
@@ -175,10 +181,10 @@ def _stages(timer: StageTimer) -> dict[str, float]:
 
 
 def _claim(out: Path, cases: int, seed: int) -> None:
-    """Take a new folder or an earlier demo's; clear what belongs to another seed or size.
+    """Take a new folder or an earlier demo's; clear what that one made for another seed or size.
 
     Raises:
-        InputError: The folder holds something else.
+        InputError: The folder holds something else, or can't be written.
     """
     wanted = {"cases": cases, "seed": seed}
     if out.exists() and not out.is_dir():
@@ -190,10 +196,17 @@ def _claim(out: Path, cases: int, seed: int) -> None:
                 "files; choose another"
             )
         if json.loads((out / MARKER).read_text(encoding="utf-8")) != wanted:
-            for path in out.iterdir():
+            for path in {path for name in _MADE for path in out.glob(name)}:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / MARKER, wanted)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(out / MARKER, wanted)
+    except InputError:  # a full disk
+        raise
+    except OSError as error:
+        raise InputError(
+            f"--out must be a folder that can be written, got {out} ({error}); choose another"
+        ) from error
 
 
 def _embed(out: Path, step: Callable[[int, int], None]) -> EmbedReport:

@@ -74,6 +74,32 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_another_seed_clears_what_the_demo_made_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo.json").write_text('{"cases": 20, "seed": 3}')
+    made = ("cohort", "features_efficientnet-lite0", "overlays", "run")
+    for name in (*made, "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("report.html", "ledger.sqlite", "ledger.sqlite-wal", "notes/mine.txt"):
+        (tmp_path / name).write_text("x")
+
+    def drawn(folder: Path, **_: object) -> None:
+        assert folder == tmp_path / "cohort"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modaltune.demo.write_cohort", drawn)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, cases=20, seed=4, study=SHORT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "notes"]
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(InputError, match="--out must be a folder that can be written, got"):
+        run_demo(Path("/proc/modaltune-demo"))
+
+
 @pytest.mark.slow
 def test_together_is_ahead_of_either_alone(tmp_path: Path) -> None:
     """The demo as a user runs it: image and genes together win by 0.1, within five minutes.
