@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -213,24 +214,12 @@ def _probe_runtimes() -> Findings:
 
 def _probe_encoders() -> Findings:
     """List the registered tile encoders and where their weights lie on this machine."""
-    # Not `describe_encoders`: its module loads timm and transformers, seconds for nothing here.
-    from modaltune.engine.encoders.registry import get_spec, list_encoders
-    from modaltune.engine.encoders.weights import cached_weights, packaged_weights
+    from modaltune.engine.encoders.loading import describe_encoders
 
-    found = {}
-    for name in list_encoders():
-        spec = get_spec(name)
-        path = packaged_weights(spec) or cached_weights(spec)
-        found[name] = {
-            "weights": None if path is None else str(path),
-            "width": spec.width,
-            "mpp": spec.mpp,
-            "source": spec.source,
-            "licence": spec.licence,
-            "notes": spec.notes,
-            "is_gated": spec.is_gated,
-        }
-    return found
+    return {
+        one.name: {**asdict(one), "weights": None if one.weights is None else str(one.weights)}
+        for one in describe_encoders()
+    }
 
 
 def _version(module: str) -> str:
