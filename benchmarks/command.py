@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from modaltune.benchmarks.kernel_spec import OpSpec
 
 bench_app = typer.Typer(
-    help="Time the kernels, the model and decoding, or model what they cost.", no_args_is_help=True
+    help="Time kernels, model, decoding, encoders and the stream, or model what they cost.",
+    no_args_is_help=True,
 )
 
 
@@ -40,7 +41,7 @@ def kernels(
     ] = None,
     tiles: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tiles; may be given again. [default: 1000; 10000 on a GPU]"),
+        typer.Option(min=1, help="Tiles; may be given again.", show_default="1000; 10000 on a GPU"),
     ] = None,
     mode: Annotated[
         Literal["forward", "backward", "both"], typer.Option(help="What to time.")
@@ -58,7 +59,7 @@ def kernels(
     ] = 120.0,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of kernels.csv. [default: benchmarks/results if it exists]"),
+        typer.Option(help="Folder of kernels.csv.", show_default="benchmarks/results if it exists"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for plots.")] = Path("modaltune-bench"),
     as_json: JsonFlag = False,

@@ -12,7 +12,8 @@ from modaltune.cli_parts import FAILED, JsonFlag
 
 def decode(
     slide: Annotated[
-        Path | None, typer.Argument(help="H&E slide to make a mosaic of. [default: the shared one]")
+        Path | None,
+        typer.Argument(help="H&E slide to make a mosaic of.", show_default="the shared one"),
     ] = None,
     case: Annotated[str, typer.Option(help="Only cases with this in their name.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each reader, in turn.")] = 7,
@@ -22,7 +23,7 @@ def decode(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of decode.csv. [default: benchmarks/results if it exists]"),
+        typer.Option(help="Folder of decode.csv.", show_default="benchmarks/results if it exists"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
     as_json: JsonFlag = False,

@@ -21,7 +21,9 @@ from modaltune.cli_parts import (
 def encoders(
     encoder: Annotated[
         list[str] | None,
-        typer.Option(help="efficientnet-lite0 or vit-small; may be given again. [default: both]"),
+        typer.Option(
+            help="efficientnet-lite0 or vit-small; may be given again.", show_default="both"
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 9,
     compiled: Annotated[
@@ -29,7 +31,9 @@ def encoders(
     ] = False,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of encoders.csv. [default: benchmarks/results if it exists]"),
+        typer.Option(
+            help="Folder of encoders.csv.", show_default="benchmarks/results if it exists"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("modaltune-bench"),
     as_json: JsonFlag = False,

@@ -33,7 +33,9 @@ def model(
     ] = "float32",
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of model_speed.csv. [default: benchmarks/results if it exists]"),
+        typer.Option(
+            help="Folder of model_speed.csv.", show_default="benchmarks/results if it exists"
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

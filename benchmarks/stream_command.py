@@ -29,11 +29,11 @@ def stream(
     runtime: Annotated[str, typer.Option(help="Runtime of the tile encoder.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Decoding processes. [default: as embed]")
+        int | None, typer.Option(min=1, help="Decoding processes.", show_default="as embed")
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of stream.csv. [default: benchmarks/results if it exists]"),
+        typer.Option(help="Folder of stream.csv.", show_default="benchmarks/results if it exists"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("modaltune-bench"),
     as_json: JsonFlag = False,

@@ -177,10 +177,10 @@ def embed(
     allow_download: AllowDownload = False,
     trust_remote_code: TrustedRevision = None,
     mpp: Annotated[
-        float | None, typer.Option(help="Microns per pixel of a tile. [default: 0.5]")
+        float | None, typer.Option(help="Microns per pixel of a tile.", show_default="0.5")
     ] = None,
     tile_px: Annotated[
-        int | None, typer.Option(help="Side of a tile in px. [default: 256]")
+        int | None, typer.Option(help="Side of a tile in px.", show_default="256")
     ] = None,
     base_mpp: BaseMpp = None,
     min_foreground: Annotated[
@@ -197,7 +197,8 @@ def embed(
         int | None,
         typer.Option(
             min=1,
-            help="Decoding processes. [default: 2, and more while the encoder waits for them]",
+            help="Decoding processes.",
+            show_default="2, and more while the encoder waits for them",
         ),
     ] = None,
     half_scale_jpeg: Annotated[

@@ -34,7 +34,8 @@ def export_encoder(
         typer.Option(help="inside: takes uint8 tiles; outside: takes normalised images."),
     ] = "inside",
     tile_px: Annotated[
-        int | None, typer.Option(min=1, help="Side of the tiles in px. [default: the encoder's]")
+        int | None,
+        typer.Option(min=1, help="Side of the tiles in px.", show_default="the encoder's"),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -75,7 +75,7 @@ def profile(
     mode: Annotated[Mode, typer.Option(help="A forward pass, or one training step.")] = "forward",
     run: Annotated[
         Path | None,
-        typer.Option(help="Run folder to profile. [default: published size, random weights]"),
+        typer.Option(help="Run folder to profile.", show_default="published size, random weights"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     precision: Annotated[

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import Result
+from rich.text import Text
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import modaltune
@@ -78,6 +82,25 @@ def test_devices_that_cannot_be(tmp_path: Path, device: str, message: str) -> No
     assert result.exit_code == 1
     assert message in said(result)
     assert not (tmp_path / "out").exists()
+
+
+def parameters(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Command and help of every parameter of every command."""
+    for name, one in getattr(command, "commands", {}).items():
+        yield from parameters(one, (*words, name))
+    for parameter in command.params:
+        yield " ".join((*words, str(parameter.name))), getattr(parameter, "help", None) or ""
+
+
+def test_the_help_shows_every_word_of_it() -> None:
+    """Words in brackets are markup, and would not be shown: defaults in words, for example."""
+    found = dict(parameters(get_command(app)))
+    assert "bench stream workers" in found
+    for name, text in found.items():
+        assert Text.from_markup(text).plain == text, name
+    shown = run("embed", "--help").output
+    assert "[default: (0.5)]" in shown
+    assert "[default: (256)]" in shown
 
 
 def test_python_dash_m_is_the_command_line() -> None:
