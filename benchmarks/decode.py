@@ -54,7 +54,6 @@ RIVALS = ("cucim", "hs2p-groups", "hs2p-single", "openslide", "tiffslide", "fast
 OURS, HALF = "modaltune", "modaltune half-scale"
 # Tiles compared with a rival's.
 _COMPARED = 16
-_RIVAL_TIMEOUT_S = 300
 
 Rgb = npt.NDArray[np.uint8]
 
