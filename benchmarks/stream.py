@@ -29,7 +29,7 @@ from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.runtime_choice import open_runtime
 from modaltune.engine.encoders.torch_runtime import TorchEncoder
 from modaltune.engine.errors import InputError
-from modaltune.engine.folder import EmbedOptions, SlideOutcome, embed_slides
+from modaltune.engine.folder import EmbedOptions, EmbedReport, SlideOutcome, embed_slides
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.store import read_features
 from modaltune.engine.stream import StreamOptions
@@ -133,13 +133,15 @@ def alone_rate(encoder: TileEncoder, tiles: np.ndarray[Any, np.dtype[np.uint8]])
     return len(tiles) / (time.perf_counter() - start)
 
 
-def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles: int) -> float:
+def bound_mib(
+    encoder: TileEncoder, base_mib: float, workers: int | None, largest_tiles: int
+) -> float:
     """Return the most memory a run may take: the formula of `SlideStream` and `DecodeOptions`.
 
     Args:
         encoder: Its features count.
         base_mib: Memory before the run, encoder warm.
-        workers: Decoding processes.
+        workers: Decoding processes; None for the engine's own rule.
         largest_tiles: Tiles of the largest slide.
     """
     options = StreamOptions(decode=DecodeOptions(workers=workers))
@@ -147,7 +149,7 @@ def bound_mib(encoder: TileEncoder, base_mib: float, workers: int, largest_tiles
     batches = 3 * 32 * tile_bytes
     features = options.most_slides * largest_tiles * encoder.width * 4
     shared = options.decode.shared_bytes + batches + features
-    return base_mib + shared / 2**20 + workers * WORKER_MIB + LIBRARIES_MIB
+    return base_mib + shared / 2**20 + options.decode.most_workers * WORKER_MIB + LIBRARIES_MIB
 
 
 def _gate(outcomes: Sequence[SlideOutcome], encoder: TileEncoder) -> None:
@@ -173,6 +175,76 @@ def open_encoder(name: str, runtime: str, device: str) -> TileEncoder:
         return load_encoder(name, runtime=runtime, device=device)
     random = load_case(name)
     return open_runtime(TorchEncoder(random.spec, random.features, device=device), runtime)
+
+
+class _Watch:
+    """What a run lets one see: memory and tiles as slides are finished, and who worked when."""
+
+    def __init__(self) -> None:
+        self._memory = TreeMemory(os.getpid())
+        self.base_mib = self._memory.mib()
+        self._started = time.perf_counter()
+        self._lock = threading.Lock()
+        self._counts: list[tuple[float, int]] = []
+        self._warm: tuple[float, int] | None = None
+        self.stretches: list[Stretch] = []
+        self.rss_mib: list[float] = []
+
+    def tiles(self, done: int) -> None:
+        """Note that so many tiles are encoded."""
+        self._counts.append((time.perf_counter(), done))
+
+    def slide(self, _: SlideOutcome) -> None:
+        """Note that a slide is finished."""
+        self.rss_mib.append(self._memory.mib())
+        if len(self.rss_mib) == FROM_SLIDE and self._counts:
+            self._warm = self._counts[-1]
+
+    def stretch(self, stage: str, slide: str, start: float, end: float) -> None:
+        """Note a stretch of work; any thread may."""
+        with self._lock:
+            self.stretches.append(Stretch(stage, slide, start - self._started, end - self._started))
+
+    def encoding_s(self) -> tuple[float, float]:
+        """Return when encoding began and ended, seconds since the start."""
+        spans = [s for s in self.stretches if s.stage == "encode"]
+        return min(s.start_s for s in spans), max(s.end_s for s in spans)
+
+    def rate(self) -> float:
+        """Return tiles per second once warm.
+
+        A cohort so small that all is encoded before the fifth slide is written counts as a whole.
+        """
+        until, total = self._counts[-1]
+        whole = (self.encoding_s()[0] + self._started, 0)
+        since, done = self._warm if self._warm and self._warm[1] < total else whole
+        return (total - done) / (until - since)
+
+
+def _speed(report: EmbedReport, watch: _Watch, before: float, after: float) -> dict[str, float]:
+    """Return the row's columns about speed; `before` and `after`: the encoder alone."""
+    begun, ended = watch.encoding_s()
+    rate, alone = watch.rate(), (before + after) / 2
+    return {
+        "encoding_s": round(ended - begun, 2),
+        "encoder_busy": round(report.encoder_busy, 4),
+        "tiles_per_s": round(rate, 1),
+        "alone_tiles_per_s": round(alone, 1),
+        "alone_before_tiles_per_s": round(before, 1),
+        "alone_after_tiles_per_s": round(after, 1),
+        "ratio": round(rate / alone, 4),
+    }
+
+
+def _memory(watch: _Watch, bound: float) -> dict[str, float]:
+    """Return the row's columns about memory."""
+    steady = watch.rss_mib[FROM_SLIDE - 1 :] or watch.rss_mib
+    return {
+        "base_mib": round(watch.base_mib),
+        "peak_mib": round(max(watch.rss_mib)),
+        "bound_mib": round(bound),
+        "spread": round((max(steady) - min(steady)) / (sum(steady) / len(steady)), 4),
+    }
 
 
 def measure(
@@ -204,45 +276,19 @@ def measure(
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)
         before = alone_rate(encoder, tiles)
-        memory = TreeMemory(os.getpid())
-        base = memory.mib()
-        started = time.perf_counter()
-        stretches: list[Stretch] = []
-        lock = threading.Lock()
-        rss: list[float] = []
-        counts: list[tuple[float, int]] = []
-        warm: list[tuple[float, int]] = []
-
-        def finished(_: SlideOutcome) -> None:
-            rss.append(memory.mib())
-            if len(rss) == FROM_SLIDE and counts:
-                warm.append(counts[-1])
-
-        def observe(stage: str, slide: str, start: float, end: float) -> None:
-            with lock:
-                stretches.append(Stretch(stage, slide, start - started, end - started))
-
+        watch = _Watch()
         report = embed_slides(
             items_from_paths(paths),
             encoder,
             Path(scratch) / "out",
             EmbedOptions(overlays=False, workers=workers),
-            on_tiles=lambda done: counts.append((time.perf_counter(), done)),
-            on_slide=finished,
-            observe=observe,
+            on_tiles=watch.tiles,
+            on_slide=watch.slide,
+            observe=watch.stretch,
         )
         _gate(report.outcomes, encoder)
         after = alone_rate(encoder, tiles)
-    encoding = [s for s in stretches if s.stage == "encode"]
-    span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
-    until, total = counts[-1]
-    # A cohort so small that all is encoded before the fifth slide is written counts as a whole.
-    whole = (min(s.start_s for s in encoding) + started, 0)
-    since, done = warm[0] if warm and warm[0][1] < total else whole
-    rate, alone = (total - done) / (until - since), (before + after) / 2
-    steady = rss[FROM_SLIDE - 1 :] or rss
-    used = workers or len(os.sched_getaffinity(0))
-    bound = bound_mib(encoder, base, used, max(o.tiles for o in report.outcomes))
+    largest = max(outcome.tiles for outcome in report.outcomes)
     row = {
         "time": timestamp(),
         "commit": commit_id(),
@@ -253,20 +299,12 @@ def measure(
         "slides": len(paths),
         "tiles": report.new_tiles,
         "elapsed_s": round(report.elapsed_s, 2),
-        "encoding_s": round(span, 2),
-        "encoder_busy": round(report.encoder_busy, 4),
-        "tiles_per_s": round(rate, 1),
-        "alone_tiles_per_s": round(alone, 1),
-        "alone_before_tiles_per_s": round(before, 1),
-        "alone_after_tiles_per_s": round(after, 1),
-        "ratio": round(rate / alone, 4),
-        "base_mib": round(base),
-        "peak_mib": round(max(rss)),
-        "bound_mib": round(bound),
-        "spread": round((max(steady) - min(steady)) / (sum(steady) / len(steady)), 4),
+        **_speed(report, watch, before, after),
+        **_memory(watch, bound_mib(encoder, watch.base_mib, workers, largest)),
         **{f"{stage}_s": round(seconds, 3) for stage, seconds in report.stages_s.items()},
     }
-    return Measured(row, report.stages_s, [round(mib, 1) for mib in rss], stretches)
+    rss = [round(mib, 1) for mib in watch.rss_mib]
+    return Measured(row, report.stages_s, rss, watch.stretches)
 
 
 def missed_bars(row: dict[str, Any]) -> list[str]:

@@ -45,6 +45,16 @@ def test_a_small_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == (1 if found["missed"] else 0)
 
 
+def test_the_bound_counts_the_processes_that_the_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On 64 cores 16 processes decode, not 64."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    encoder = stream.open_encoder(RANDOM_VIT, "torch", "cpu")
+    said = stream.bound_mib(encoder, 1000.0, None, 300)
+    assert said == stream.bound_mib(encoder, 1000.0, 16, 300)
+
+
 def test_missed_bars_are_named() -> None:
     alone = {"alone_before_tiles_per_s": 40.0, "alone_after_tiles_per_s": 37.0}
     good = {"encoder_busy": 0.99, "ratio": 0.97, "peak_mib": 900, "bound_mib": 1000, "spread": 0.02}
