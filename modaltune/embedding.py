@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from modaltune.engine.atomic import write_json_atomic
 from modaltune.engine.cohort import SlideItem, items_from_paths, read_manifest
 from modaltune.engine.decode import TileDecoder
-from modaltune.engine.encoders.registry import DEFAULT_ENCODER
+from modaltune.engine.encoders.registry import DEFAULT_ENCODER, get_spec, is_dynamic
 from modaltune.engine.folder import EmbedOptions, EmbedReport, embed_slides, features_folder
 from modaltune.engine.ledger_schema import LEDGER_NAME
 from modaltune.errors import InputError
@@ -230,10 +230,13 @@ def _count_modalities(embeddings: CohortEmbeddings) -> dict[str, int]:
 def _settings(request: EmbedRequest, run: Run | None) -> tuple[str, EmbedOptions]:
     """Return tile encoder and tiling; what is not asked for follows the model."""
     recipe = None if run is None else run.preprocessing.tiles
-    name = request.tile_encoder or (recipe and recipe.encoder) or DEFAULT_ENCODER
+    encoder = request.tile_encoder
+    if encoder is not None and not is_dynamic(encoder):
+        encoder = get_spec(encoder).name
+    name = encoder or (recipe and recipe.encoder) or DEFAULT_ENCODER
     if recipe is not None:
         for option, asked, tuned in (
-            ("--tile-encoder", request.tile_encoder, recipe.encoder),
+            ("--tile-encoder", encoder, recipe.encoder),
             ("--mpp", request.mpp, recipe.target_mpp),
             ("--tile-px", request.tile_px, recipe.tile_px),
         ):

@@ -20,6 +20,7 @@ from modaltune.adapter import AdapterConfig
 from modaltune.checkpoint import Run, save_run
 from modaltune.cli import app
 from modaltune.config import ModalTuneConfig
+from modaltune.engine.encoders.registry import DEFAULT_ENCODER
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.store import open_features
 from modaltune.gene_scaler import GeneScaler
@@ -260,6 +261,20 @@ def refused(tmp_path: Path, model: Path, genes: pd.DataFrame | None) -> str:
 def test_features_of_another_width(tmp_path: Path, trained: Path) -> None:
     model = small_run(trained.parent / "narrow", width=384)
     assert "must have width 384" in refused(tmp_path, model, None)
+
+
+def test_options_are_compared_with_the_model(tmp_path: Path, trained: Path) -> None:
+    table([[1.0, 2.0, 3.0]], GENES).to_csv(tmp_path / "genes.csv", index_label="case_id")
+    words = ["embed", pink(tmp_path / "P1.tiff"), "--out", tmp_path / "out", "--model", trained]
+    words += ["--genes", tmp_path / "genes.csv", "--no-overlays"]
+    for option, other in (("--mpp", "1.0"), ("--tile-px", "224"), ("--tile-encoder", "gigapath")):
+        result = run(*words, option, other)
+        assert result.exit_code == 1
+        assert f"{option} must be" in said(result)
+        assert "as the model" in said(result)
+    assert not (tmp_path / "out").exists()
+    spelled = DEFAULT_ENCODER.upper().replace("-", "_")
+    assert run(*words, "--mpp", "0.5", "--tile-encoder", spelled).exit_code == 0
 
 
 def table(values: Iterable[Iterable[float]], names: Iterable[str]) -> pd.DataFrame:
