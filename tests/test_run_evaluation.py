@@ -222,7 +222,7 @@ def test_a_table_is_weighed_as_the_run_it_is_set_beside(study: Study, tmp_path: 
         assert row["difference"] == 0
 
 
-def test_several_folders_are_several_sites(study: Study) -> None:
+def test_several_folders_are_several_sites(study: Study, tmp_path: Path) -> None:
     """A run of two cohorts: probes per site and pooled, and a classifier of the site."""
     folders = (study.cases.path, study.other.path)
     found = _evaluate(study, cases=folders)
@@ -233,6 +233,17 @@ def test_several_folders_are_several_sites(study: Study) -> None:
     again = embed_cases(study.runs[0], cases=folders[::-1], cache=study.runs[0] / "embeddings")
     assert again.cases_sha256 == found.summary["cases_sha256"]
     assert len(again.split.test) == len(study.cases.split().test) + len(study.other.split().test)
+    table = pd.read_parquet(out / "predictions.parquet")
+    own = table[(table["task"] == "survival") & (table["scope"] != "pooled")]
+    own.to_csv(tmp_path / "given.csv", index=False)
+    beside = _evaluate(study, cases=folders, compare=((tmp_path / "given.csv",),))
+    given = beside.scores[beside.scores["run"] == "given"]
+    assert set(given["scope"]) == scopes
+    assert set(given[given["scope"] == "pooled"]["kind"]) == {"survival"}
+    for scope in ("breast", "bladder", "mean of sites"):
+        for metric in ("auroc", "c_index"):
+            row = _one(beside.comparison, split="test", task="survival", scope=scope, metric=metric)
+            assert row["difference"] == 0
 
 
 def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:
