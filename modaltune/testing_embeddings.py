@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -45,3 +47,11 @@ def embedded_study(
     split = Split(tuple(order[: n // 2]), tuple(order[n // 2 : 5 * n // 8]),
                   tuple(order[5 * n // 8 :]))  # fmt: skip
     return EmbeddedCases(tuple(ids), x, TASKS, clinical), split
+
+
+def one_row(table: pd.DataFrame, **where: str) -> Any:
+    """Return the only row of a table whose columns have these values."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1
+    return table.iloc[0]

@@ -32,17 +32,10 @@ from modaltune.fitted_probes import POOLED
 from modaltune.probe_files import save_probes
 from modaltune.result_rows import BootstrapOptions
 from modaltune.splits import Split
-from modaltune.testing_embeddings import TASKS, embedded_study
+from modaltune.testing_embeddings import TASKS, embedded_study, one_row
 
 POINTS = BootstrapOptions(resamples=0)
 FAST = BootstrapOptions(resamples=8)
-
-
-def _one(table: pd.DataFrame, **where: str) -> Any:
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +71,13 @@ def test_golden_scores(shared_dir: Path, name: str) -> None:
     scores = score_table(found, POINTS)
     excluded = int((tensors["in/test.primary_class"] < 0).sum())
     for task, metrics in meta["metrics"].items():
-        row = _one(scores, task=task, metric="c_index")
+        row = one_row(scores, task=task, metric="c_index")
         assert row["value"] == pytest.approx(metrics["test_c_index"], abs=1e-6)
-        row = _one(scores, task=task, metric="balanced_accuracy")
+        row = one_row(scores, task=task, metric="balanced_accuracy")
         assert row["n"] == len(parts["test"]) - excluded
         if not excluded:  # the published script counts class -1 as a class nobody predicts
             assert row["value"] == pytest.approx(metrics["test_balanced_accuracy"])
-            row = _one(scores, task=task, metric="accuracy")
+            row = one_row(scores, task=task, metric="accuracy")
             assert row["value"] == pytest.approx(metrics["test_accuracy"])
 
 
@@ -114,7 +107,7 @@ def test_nothing_is_fitted_on_the_other_cases(sites: tuple[str, ...], tmp_path: 
     where = {"split": "test", "task": "diagnosis", "metric": "auroc", "scope": sites[0]}
     where["scope"] = POOLED if len(sites) == 1 else sites[0]
     where["kind"] = "class"
-    one, two = (_one(score_table(e, POINTS), **where)["value"] for e in (first, second))
+    one, two = (one_row(score_table(e, POINTS), **where)["value"] for e in (first, second))
     assert one > 0.8
     assert two < 0.75
 
@@ -137,14 +130,14 @@ def test_the_right_prompt_finds_what_it_holds(study: Any) -> None:
     scores = score_table(study[2], FAST)
     headline = headline_table(scores)
     assert list(headline["task"]) == list(TASKS)
-    auroc = {t: _one(scores, split="test", task=t, metric="auroc")["value"] for t in TASKS}
-    index = {t: _one(scores, split="test", task=t, metric="c_index")["value"] for t in TASKS}
+    auroc = {t: one_row(scores, split="test", task=t, metric="auroc")["value"] for t in TASKS}
+    index = {t: one_row(scores, split="test", task=t, metric="c_index")["value"] for t in TASKS}
     assert max(auroc, key=auroc.__getitem__) == "diagnosis"
     assert max(index, key=index.__getitem__) == "survival"
-    row = _one(scores, split="test", task="survival", metric="c_index")
+    row = one_row(scores, split="test", task="survival", metric="c_index")
     assert 0.6 < row["low"] < row["value"] < row["high"]
     assert headline["c_index"][2] == f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
-    groups = _one(scores, split="test", task="survival", metric="log_rank_p")
+    groups = one_row(scores, split="test", task="survival", metric="log_rank_p")
     assert groups["value"] < 0.01
     assert "cut at the training median" in groups["note"]
 
@@ -167,13 +160,15 @@ def test_several_sites() -> None:
     found = evaluate_cases(cases, split, parts=("test",))
     assert Place("test", "general", POOLED, "class") not in found.scorers
     scores = score_table(found, FAST)
-    site = _one(scores, task="general", kind="site", metric="balanced_accuracy")
+    site = one_row(scores, task="general", kind="site", metric="balanced_accuracy")
     assert site["value"] > 0.85
-    each = [_one(scores, task="diagnosis", scope=s, metric="auroc") for s in ("breast", "kidney")]
-    mean = _one(scores, task="diagnosis", scope=MEAN_OF_SITES, metric="auroc")
+    each = [
+        one_row(scores, task="diagnosis", scope=s, metric="auroc") for s in ("breast", "kidney")
+    ]
+    mean = one_row(scores, task="diagnosis", scope=MEAN_OF_SITES, metric="auroc")
     assert mean["value"] == pytest.approx(np.mean([row["value"] for row in each]))
     assert mean["n"] == sum(row["n"] for row in each)
-    pooled = _one(scores, task="survival", scope=POOLED, metric="c_index")
+    pooled = one_row(scores, task="survival", scope=POOLED, metric="c_index")
     assert pooled["n"] > max(row["n"] for row in each)
     assert "site_balanced_accuracy" in headline_table(scores)
 
@@ -198,19 +193,19 @@ def test_direct_predictions_for_several_sites() -> None:
     assert set(theirs[theirs["scope"] == POOLED]["kind"]) == {"survival"}
     for scope in ("breast", "kidney", MEAN_OF_SITES):
         for metric in ("auroc", "balanced_accuracy", "brier"):
-            own = _one(mine, task="survival", scope=scope, metric=metric)
-            given = _one(theirs, scope=scope, metric=metric)
+            own = one_row(mine, task="survival", scope=scope, metric=metric)
+            given = one_row(theirs, scope=scope, metric=metric)
             assert (given["value"], given["n"]) == (own["value"], own["n"])
     # Weights and times of a site are those of its training cases, for whatever predicts there.
-    own = _one(mine, task="survival", scope="kidney", metric="mean_auc")
-    assert _one(theirs, scope="kidney", metric="mean_auc")["note"] == own["note"]
+    own = one_row(mine, task="survival", scope="kidney", metric="mean_auc")
+    assert one_row(theirs, scope="kidney", metric="mean_auc")["note"] == own["note"]
     table = comparison_table([found], [direct], POINTS)
-    row = _one(table, task="survival", scope=MEAN_OF_SITES, metric="auroc")
+    row = one_row(table, task="survival", scope=MEAN_OF_SITES, metric="auroc")
     assert row["difference"] == 0
     alone = evaluate_predictions(
         said, cases.clinical, split, name="rival", parts=("test",), sites=("kidney",)
     )
-    row = _one(score_table(alone, POINTS), metric="auroc")
+    row = one_row(score_table(alone, POINTS), metric="auroc")
     assert row["scope"] == POOLED
     assert "class of another site" in row["left_out"]
 
@@ -228,12 +223,12 @@ def test_another_cohort_with_the_probes_of_the_first() -> None:
     found = evaluate_cases(other, parts, fitted=fitted, parts=("test",))
     assert found.fitted is fitted
     scores = score_table(found, POINTS)
-    row = _one(scores, task="diagnosis", metric="auroc")
+    row = one_row(scores, task="diagnosis", metric="auroc")
     assert row["n"] == 0
     assert row["left_out"] == f"class of another site: {len(parts.test)}"
-    assert _one(scores, task="survival", metric="c_index")["value"] > 0.65
+    assert one_row(scores, task="survival", metric="c_index")["value"] > 0.65
     same = evaluate_cases(cases, split, fitted=fitted, parts=("test",))
-    assert _one(score_table(same, POINTS), task="diagnosis", metric="auroc")["n"] > 0
+    assert one_row(score_table(same, POINTS), task="diagnosis", metric="auroc")["n"] > 0
     renamed = replace(other, tasks=("a", "b", "c"))
     with pytest.raises(InputError, match="must be probes of the task prompts a, b, c"):
         evaluate_cases(renamed, parts, fitted=fitted)
@@ -247,15 +242,15 @@ def test_direct_predictions_enter_the_same_tables(study: Any) -> None:
     mine = score_table(found, POINTS)
     theirs = score_table(direct, POINTS)
     for metric in ("auroc", "brier", "c_index", "uno_c_index", "integrated_brier"):
-        own = _one(mine, split="test", task="diagnosis", metric=metric)
-        given = _one(theirs, split="test", task=DIRECT, metric=metric)
+        own = one_row(mine, split="test", task="diagnosis", metric=metric)
+        given = one_row(theirs, split="test", task=DIRECT, metric=metric)
         assert given["value"] == own["value"]
         assert given["n"] == own["n"]
     assert direct.groups == {}  # no prediction for training cases: no cut
     table = comparison_table([found], [direct], FAST)
-    row = _one(table, split="test", task="diagnosis", metric="auroc")
+    row = one_row(table, split="test", task="diagnosis", metric="auroc")
     assert (row["difference"], row["p_delong"]) == (0, 1)
-    assert _one(table, split="test", task="general", metric="auroc")["difference"] < 0
+    assert one_row(table, split="test", task="general", metric="auroc")["difference"] < 0
 
 
 @pytest.mark.parametrize("sites", [("breast",), ("breast", "kidney")])
@@ -287,11 +282,11 @@ def test_a_run_of_shorter_follow_up_keeps_its_brier_score() -> None:
     some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
     pair = [evaluate_cases(c, split, parts=("test",)) for c in (cases, some)]
     table = comparison_table(pair[:1], pair[1:], POINTS)
-    row = _one(table, task="survival", metric="integrated_brier")
+    row = one_row(table, task="survival", metric="integrated_brier")
     assert np.isfinite([row["first_value"], row["second_value"]]).all()
     assert np.isnan(row["difference"])
     assert "over different months: not compared" in row["note"]
-    assert np.isfinite(_one(table, task="survival", metric="uno_c_index")["difference"])
+    assert np.isfinite(one_row(table, task="survival", metric="uno_c_index")["difference"])
 
 
 def test_classes_of_a_site_that_training_lacks_are_not_scored() -> None:

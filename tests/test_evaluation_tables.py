@@ -33,17 +33,10 @@ from modaltune.evaluation_tables import (
 from modaltune.fitted_probes import POOLED
 from modaltune.result_rows import BootstrapOptions
 from modaltune.splits import Split
-from modaltune.testing_embeddings import TASKS, embedded_study
+from modaltune.testing_embeddings import TASKS, embedded_study, one_row
 
 POINTS = BootstrapOptions(resamples=0)
 FAST = BootstrapOptions(resamples=8)
-
-
-def _one(table: pd.DataFrame, **where: str) -> Any:
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +53,16 @@ def test_comparison_and_seeds(study: Any, tmp_path: Path, caplog: pytest.LogCapt
         for k in (3, 4, 5)
     ]
     table = comparison_table([found], worse[:1], FAST)
-    row = _one(table, split="test", task="survival", metric="c_index")
+    row = one_row(table, split="test", task="survival", metric="c_index")
     assert row["difference"] == pytest.approx(row["first_value"] - row["second_value"])
     assert row["low"] > 0
     assert row["p_permutation"] < 0.3
     many = comparison_table([found], worse, FAST)
     assert set(many["seeds"]) == {"1 and 3"}
     seeds = seeds_table(worse, FAST, "noisy")
-    row = _one(seeds, split="test", task="survival", metric="c_index")
+    row = one_row(seeds, split="test", task="survival", metric="c_index")
     each = [
-        _one(score_table(e, POINTS), split="test", task="survival", metric="c_index")["value"]
+        one_row(score_table(e, POINTS), split="test", task="survival", metric="c_index")["value"]
         for e in worse
     ]
     assert row["value"] == pytest.approx(np.mean(each))

@@ -25,6 +25,7 @@ from modaltune.result_rows import BootstrapOptions
 from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run
 from modaltune.splits import Split
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
+from modaltune.testing_embeddings import one_row
 
 POINTS = BootstrapOptions(resamples=0)
 
@@ -50,13 +51,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def _evaluate(study: Study, **options: Any) -> EvaluateResult:
     options = {"bootstrap": POINTS, "pictures": False, **options}
     return evaluate_run(EvaluateRequest(run=study.runs[0], **options))
-
-
-def _one(table: pd.DataFrame, **where: str) -> Any:
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 def test_the_command(study: Study, tmp_path: Path) -> None:
@@ -138,18 +132,18 @@ def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
     assert list(runs) == ["seed0", "seed1", "seed2", "seed0 and 2 more seeds", "given"]
     assert not found.scores.duplicated(["run", "split", "task", "scope", "kind", "metric"]).any()
     mean = found.scores[found.scores["run"] == "seed0 and 2 more seeds"]
-    row = _one(mean, split="test", task="survival", metric="c_index")
+    row = one_row(mean, split="test", task="survival", metric="c_index")
     assert row["seeds"] == 3
     assert row["value"] == pytest.approx(
         np.mean([float(v) for v in row["values"].split()]), abs=1e-4
     )
     where = {"split": "test", "task": "survival", "metric": "c_index"}
-    assert _one(found.scores[found.scores["run"] == "seed0"], **where)["value"] == pytest.approx(
-        _one(alone.scores, **where)["value"]
+    assert one_row(found.scores[found.scores["run"] == "seed0"], **where)["value"] == pytest.approx(
+        one_row(alone.scores, **where)["value"]
     )
     direct = found.scores[found.scores["run"] == "given"]
-    assert _one(direct, split="test", metric="c_index")["value"] == pytest.approx(
-        _one(alone.scores, **where)["value"]
+    assert one_row(direct, split="test", metric="c_index")["value"] == pytest.approx(
+        one_row(alone.scores, **where)["value"]
     )
     assert set(found.comparison["second"]) == {"seed1", "given"}
     told = json.loads((own / "evaluation.json").read_text())
@@ -192,14 +186,14 @@ def test_another_cohort(study: Study) -> None:
     )  # fmt: skip
     # Each run speaks through its own probes, of the first cohort: a rival as the run.
     assert fitted.summary["own_cases"]
-    beside = _one(first.scores[first.scores["run"] == "seed2"], **where)["value"]
-    assert beside == _one(alone.scores, **where)["value"]
+    beside = one_row(first.scores[first.scores["run"] == "seed2"], **where)["value"]
+    assert beside == one_row(alone.scores, **where)["value"]
     first = replace(first, scores=first.scores[first.scores["run"] == "seed0"])
-    row = _one(first.scores, split="test", task="general", metric="auroc")
+    row = one_row(first.scores, split="test", task="general", metric="auroc")
     assert row["n"] == 0
     assert "class of another site" in row["left_out"]
-    other = _one(first.scores, split="test", task="survival", metric="c_index")
-    own = _one(found.scores, split="test", task="survival", metric="c_index")
+    other = one_row(first.scores, split="test", task="survival", metric="c_index")
+    own = one_row(found.scores, split="test", task="survival", metric="c_index")
     assert other["n"] == own["n"] > 0
     assert other["value"] != own["value"]
 
@@ -214,11 +208,11 @@ def test_a_table_is_weighed_as_the_run_it_is_set_beside(study: Study, tmp_path: 
     beside = _evaluate(study, **others, compare=((tmp_path / "given.csv",),))
     scores = beside.scores[beside.scores["run"] == "given"]
     for metric in ("uno_c_index", "mean_auc", "integrated_brier"):
-        own = _one(alone.scores, split="test", task="survival", metric=metric)
-        given = _one(scores, split="test", metric=metric)
+        own = one_row(alone.scores, split="test", task="survival", metric=metric)
+        given = one_row(scores, split="test", metric=metric)
         assert given["value"] == own["value"]
         assert given["note"] == own["note"]
-        row = _one(beside.comparison, split="test", task="survival", metric=metric)
+        row = one_row(beside.comparison, split="test", task="survival", metric=metric)
         assert row["difference"] == 0
 
 
@@ -242,7 +236,9 @@ def test_several_folders_are_several_sites(study: Study, tmp_path: Path) -> None
     assert set(given[given["scope"] == "pooled"]["kind"]) == {"survival"}
     for scope in ("breast", "bladder", "mean of sites"):
         for metric in ("auroc", "c_index"):
-            row = _one(beside.comparison, split="test", task="survival", scope=scope, metric=metric)
+            row = one_row(
+                beside.comparison, split="test", task="survival", scope=scope, metric=metric
+            )
             assert row["difference"] == 0
 
 
