@@ -265,6 +265,8 @@ def headline_table(scores: pd.DataFrame, split: str = "test") -> pd.DataFrame:
     order = [*("run", "task", "scope"), "n class", *HEADLINES[:4], "n survival", *HEADLINES[4:]]
     table = pd.DataFrame(rows.values())
     columns = [c for c in (*order, "site_balanced_accuracy") if c in table]
+    for name in [c for c in columns if c.startswith("n ")]:
+        table[name] = table[name].astype("Int64")  # counts, missing ones among them
     return table[columns].astype(object).where(table[columns].notna(), "")
 
 

@@ -313,6 +313,15 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         np.concatenate([s.strata for s in own]),
         np.concatenate([s.events for s in own]),
         left_out,
-        {"": f"mean over {len(own)} sites"},
+        {"": f"mean over {len(own)} sites"} | _months_of_sites(own),
         sites=np.repeat(np.arange(len(own)), np.diff(ends)),
     )
+
+
+def _months_of_sites(scorers: Sequence[Scorer]) -> dict[str, str]:
+    """Return over which months the sites' curves are scored: means over others don't compare."""
+    told = {}
+    for name in ("mean_auc", "integrated_brier"):
+        if notes := list(dict.fromkeys(note for s in scorers if (note := s.notes.get(name)))):
+            told[name] = " / ".join(notes)
+    return told

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from modaltune.console_tables import comparison_tables, headline_tables
 from modaltune.errors import InputError
 from modaltune.evaluation import (
+    MEAN_OF_SITES,
     EmbeddedCases,
     Evaluation,
     Place,
@@ -110,3 +115,42 @@ def test_runs_of_one_side_are_seeds_of_one_recipe(study: Any) -> None:
     for sides in (([found, direct], [found]), ([found], [direct, found])):
         with pytest.raises(InputError, match=r"must be seeds of one recipe, got .*rival"):
             comparison_table(*sides, POINTS)
+
+
+def test_means_over_sites_with_other_months_are_not_compared() -> None:
+    cases, split = embedded_study(n=240, sites=("breast", "kidney"))
+    months = cases.clinical.loc[list(split.train), "survival_months"]
+    late = set(months[months > months.quantile(0.7)].index)
+    late &= set(cases.clinical.index[cases.clinical["site"] == "kidney"])
+    kept = [case for case in cases.case_ids if case not in late]
+    some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
+    pair = [
+        evaluate_cases(c, split, name=n, parts=("test",))
+        for c, n in ((cases, "all"), (some, "few"))
+    ]
+    table = comparison_table(pair[:1], pair[1:], FAST)
+    found = {
+        scope: one_row(table, task="survival", scope=scope, metric="integrated_brier")
+        for scope in ("breast", "kidney", MEAN_OF_SITES)
+    }
+    assert np.isfinite(found["breast"]["difference"])
+    for scope in ("kidney", MEAN_OF_SITES):
+        assert np.isnan(found[scope]["difference"])
+        assert "over different months: not compared" in found[scope]["note"]
+    drawn = list(comparison_tables(table))
+    titles = [str(one.title) for one in drawn]
+    assert titles[0] == "all minus few: test cases, seeds 1 and 1"
+    assert f"all minus few, {MEAN_OF_SITES}: test cases, seeds 1 and 1" in titles
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(drawn[titles.index("all minus few, kidney: test cases, seeds 1 and 1")])
+    lines = {
+        line.split("│")[1].strip(): line
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    }
+    assert lines["integrated brier"].count("not compared") == len(TASKS)
+    assert re.search(
+        r"[+-]0\.\d{3} \([+-]0\.\d{3} to [+-]0\.\d{3}\), p [01]\.\d{3}", lines["c index"]
+    )
+    console.print(*headline_tables(headline_table(score_table(pair[0], POINTS))))
+    assert re.search(r"n class +│ \d+ ", console.export_text())

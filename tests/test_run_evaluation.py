@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_what_is_printed(study: Study) -> None:
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     assert "uno c index" in said.stdout
-    assert "First minus second" in said.stdout
+    assert "seed0 minus seed1: test cases, seeds 1 and 1" in said.stdout
+    assert re.search(r"c index +│ [+-]0\.\d{3} +│", said.stdout)  # without resamples no interval
     assert "random, not pretrained" in said.stdout
 
 
