@@ -50,7 +50,7 @@ class Linear:
 
 # Chosen by cross-validation inside training and validation cases: brca_choice.py.
 LINEAR = Linear(256, (0.05, 0.95))
-ORIENTATION = Linear(32)
+ORIENTATION = Linear(32, LINEAR.clip)
 CLASS_PROMPT = SURVIVAL_PROMPT = "general"
 # Over the preset, which is ModalTune's.
 SETTINGS: dict[str, tuple[str, ...]] = {

@@ -177,74 +177,66 @@ def open_encoder(name: str, runtime: str, device: str) -> TileEncoder:
     return open_runtime(TorchEncoder(random.spec, random.features, device=device), runtime)
 
 
-class _Watch:
-    """What a run lets one see: memory and tiles as slides are finished, and who worked when."""
+@dataclass
+class _Timed:
+    """A run: `counts` are (time, tiles encoded), `warm` the one when the fifth slide was done."""
 
-    def __init__(self) -> None:
-        self._memory = TreeMemory(os.getpid())
-        self.base_mib = self._memory.mib()
-        self._started = time.perf_counter()
-        self._lock = threading.Lock()
-        self._counts: list[tuple[float, int]] = []
-        self._warm: tuple[float, int] | None = None
-        self.stretches: list[Stretch] = []
-        self.rss_mib: list[float] = []
+    report: EmbedReport
+    started: float
+    stretches: list[Stretch]
+    counts: list[tuple[float, int]]
+    warm: tuple[float, int] | None
 
-    def tiles(self, done: int) -> None:
-        """Note that so many tiles are encoded."""
-        self._counts.append((time.perf_counter(), done))
-
-    def slide(self, _: SlideOutcome) -> None:
-        """Note that a slide is finished."""
-        self.rss_mib.append(self._memory.mib())
-        if len(self.rss_mib) == FROM_SLIDE and self._counts:
-            self._warm = self._counts[-1]
-
-    def stretch(self, stage: str, slide: str, start: float, end: float) -> None:
-        """Note a stretch of work; any thread may."""
-        with self._lock:
-            self.stretches.append(Stretch(stage, slide, start - self._started, end - self._started))
-
-    def encoding_s(self) -> tuple[float, float]:
-        """Return when encoding began and ended, seconds since the start."""
-        spans = [s for s in self.stretches if s.stage == "encode"]
-        return min(s.start_s for s in spans), max(s.end_s for s in spans)
-
-    def rate(self) -> float:
-        """Return tiles per second once warm.
-
-        A cohort so small that all is encoded before the fifth slide is written counts as a whole.
-        """
-        until, total = self._counts[-1]
-        whole = (self.encoding_s()[0] + self._started, 0)
-        since, done = self._warm if self._warm and self._warm[1] < total else whole
+    @property
+    def tiles_per_s(self) -> float:
+        """Tiles per second from the fifth slide on, or of all if all are encoded by then."""
+        until, total = self.counts[-1]
+        whole = (min(s.start_s for s in self.encoding) + self.started, 0)
+        since, done = self.warm if self.warm and self.warm[1] < total else whole
         return (total - done) / (until - since)
 
-
-def _speed(report: EmbedReport, watch: _Watch, before: float, after: float) -> dict[str, float]:
-    """Return the row's columns about speed; `before` and `after`: the encoder alone."""
-    begun, ended = watch.encoding_s()
-    rate, alone = watch.rate(), (before + after) / 2
-    return {
-        "encoding_s": round(ended - begun, 2),
-        "encoder_busy": round(report.encoder_busy, 4),
-        "tiles_per_s": round(rate, 1),
-        "alone_tiles_per_s": round(alone, 1),
-        "alone_before_tiles_per_s": round(before, 1),
-        "alone_after_tiles_per_s": round(after, 1),
-        "ratio": round(rate / alone, 4),
-    }
+    @property
+    def encoding(self) -> list[Stretch]:
+        """When the encoder worked."""
+        return [s for s in self.stretches if s.stage == "encode"]
 
 
-def _memory(watch: _Watch, bound: float) -> dict[str, float]:
-    """Return the row's columns about memory."""
-    steady = watch.rss_mib[FROM_SLIDE - 1 :] or watch.rss_mib
-    return {
-        "base_mib": round(watch.base_mib),
-        "peak_mib": round(max(watch.rss_mib)),
-        "bound_mib": round(bound),
-        "spread": round((max(steady) - min(steady)) / (sum(steady) / len(steady)), 4),
-    }
+def _timed(paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int | None) -> _Timed:
+    """Embed a cohort, and see who worked when."""
+    started, lock = time.perf_counter(), threading.Lock()
+    stretches: list[Stretch] = []
+    counts: list[tuple[float, int]] = []
+    at: list[tuple[float, int]] = []
+
+    def observe(stage: str, slide: str, start: float, end: float) -> None:
+        with lock:
+            stretches.append(Stretch(stage, slide, start - started, end - started))
+
+    report = embed_slides(
+        items_from_paths(paths),
+        encoder,
+        out,
+        EmbedOptions(overlays=False, workers=workers),
+        on_tiles=lambda done: counts.append((time.perf_counter(), done)),
+        on_slide=lambda _: at.append(counts[-1] if counts else (started, 0)),
+        observe=observe,
+    )
+    _gate(report.outcomes, encoder)
+    warm = at[FROM_SLIDE - 1] if len(at) >= FROM_SLIDE else None
+    return _Timed(report, started, stretches, counts, warm)
+
+
+def _memory(
+    paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int | None
+) -> tuple[float, list[float]]:
+    """Embed a cohort; return MiB of all processes before it, and after each slide."""
+    memory, rss = TreeMemory(os.getpid()), []
+    base = memory.mib()
+    options = EmbedOptions(overlays=False, workers=workers)
+    embed_slides(
+        items_from_paths(paths), encoder, out, options, on_slide=lambda _: rss.append(memory.mib())
+    )
+    return base, rss
 
 
 def measure(
@@ -257,7 +249,10 @@ def measure(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Measured:
-    """Embed a cohort and compare with the encoder alone.
+    """Embed a cohort twice, for times and then for memory, and compare with the encoder alone.
+
+    Reading how much memory all processes have takes 40 ms a slide, a tenth of the default encoder's
+    time: a run in which it is read is not timed.
 
     Args:
         encoder_name: The tile encoder, or `vit-small` for a random ViT-S/16, which is slower.
@@ -276,19 +271,14 @@ def measure(
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)
         before = alone_rate(encoder, tiles)
-        watch = _Watch()
-        report = embed_slides(
-            items_from_paths(paths),
-            encoder,
-            Path(scratch) / "out",
-            EmbedOptions(overlays=False, workers=workers),
-            on_tiles=watch.tiles,
-            on_slide=watch.slide,
-            observe=watch.stretch,
-        )
-        _gate(report.outcomes, encoder)
+        timed = _timed(paths, encoder, Path(scratch) / "out", workers)
         after = alone_rate(encoder, tiles)
-    largest = max(outcome.tiles for outcome in report.outcomes)
+        base, rss = _memory(paths, encoder, Path(scratch) / "again", workers)
+    report, encoding = timed.report, timed.encoding
+    span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
+    rate, alone = timed.tiles_per_s, (before + after) / 2
+    steady = rss[FROM_SLIDE - 1 :] or rss
+    bound = bound_mib(encoder, base, workers, max(o.tiles for o in report.outcomes))
     row = {
         "time": timestamp(),
         "commit": commit_id(),
@@ -299,12 +289,20 @@ def measure(
         "slides": len(paths),
         "tiles": report.new_tiles,
         "elapsed_s": round(report.elapsed_s, 2),
-        **_speed(report, watch, before, after),
-        **_memory(watch, bound_mib(encoder, watch.base_mib, workers, largest)),
+        "encoding_s": round(span, 2),
+        "encoder_busy": round(report.encoder_busy, 4),
+        "tiles_per_s": round(rate, 1),
+        "alone_tiles_per_s": round(alone, 1),
+        "alone_before_tiles_per_s": round(before, 1),
+        "alone_after_tiles_per_s": round(after, 1),
+        "ratio": round(rate / alone, 4),
+        "base_mib": round(base),
+        "peak_mib": round(max(rss)),
+        "bound_mib": round(bound),
+        "spread": round((max(steady) - min(steady)) / (sum(steady) / len(steady)), 4),
         **{f"{stage}_s": round(seconds, 3) for stage, seconds in report.stages_s.items()},
     }
-    rss = [round(mib, 1) for mib in watch.rss_mib]
-    return Measured(row, report.stages_s, rss, watch.stretches)
+    return Measured(row, report.stages_s, [round(mib, 1) for mib in rss], timed.stretches)
 
 
 def missed_bars(row: dict[str, Any]) -> list[str]:

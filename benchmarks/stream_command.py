@@ -40,8 +40,9 @@ def stream(
 ) -> None:
     """Embed a drawn cohort, and say how busy the encoder was and what the rest cost it.
 
-    The rival is the encoder alone, on the same tiles in memory, before and after. Features are
-    checked before anything is reported. Exits 1 where a bar is missed.
+    It is embedded once for the times and once for the memory, whose reading takes time. The rival
+    is the encoder alone, on the same tiles in memory, before and after. Features are checked before
+    anything is reported. Exits 1 where a bar is missed.
     """
     from modaltune.benchmarks import stream as bench
     from modaltune.benchmarks.harness import append_row, results_folder

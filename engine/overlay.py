@@ -56,6 +56,7 @@ _FULL_LINES_PX = 28  # tiles of this drawn side and larger get full lines
 _FAINTEST_LINES = 0.3
 _LEAST_ISLAND_PX2, _LEAST_HOLE_PX2 = 25.0, 120.0  # smaller ones are clutter in the picture
 _SUBPIXEL_BITS = 4
+_PNG_LEVEL = 1  # a tenth larger than the library's 6, in a quarter of the time
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def write_overlay(
     picture = _draw_slide(slide, tissue, grid, max_side)
     canvas = _compose(picture, slide, tissue, grid)
     with atomic_path(target) as temporary:
-        canvas.save(temporary, format="PNG", compress_level=6)
+        canvas.save(temporary, format="PNG", compress_level=_PNG_LEVEL)
     return target
 
 
@@ -139,7 +140,9 @@ def _draw_slide(slide: SlideReader, tissue: TissueMask, grid: TileGrid, max_side
 
 def _blend(image: npt.NDArray[np.float32], colour: Colour, alpha: npt.NDArray[np.float32]) -> None:
     """Mix a colour into an image [h, w, 3] in place; alpha [h, w], 0..1."""
-    image += (np.array(colour, dtype=np.float32) - image) * alpha[..., None].astype(np.float32)
+    where = np.nonzero(alpha)  # lines are few pixels of a picture
+    old, share = image[where], alpha[where][:, None].astype(np.float32)
+    image[where] = old + (np.array(colour, dtype=np.float32) - old) * share
 
 
 def _corners(coords: npt.NDArray[np.int64], grid: TileGrid, view: _View) -> npt.NDArray[np.int64]:

@@ -128,7 +128,7 @@ def _as_json(result: EvaluateResult) -> dict[str, Any]:
 
 
 def _render(result: EvaluateResult) -> None:
-    from modaltune.console_tables import frame_table, headline_tables
+    from modaltune.console_tables import comparison_tables, headline_tables
     from modaltune.evaluation_report import report_warnings
     from modaltune.evaluation_tables import HEADLINES
 
@@ -137,8 +137,8 @@ def _render(result: EvaluateResult) -> None:
     if not result.comparison.empty:
         shown = result.comparison
         shown = shown[(shown["split"] == "test") & shown["metric"].isin(HEADLINES)]
-        columns = ["first", "second", "task", "metric", "difference", "low", "high", "p_bootstrap"]
-        out_console.print(frame_table(shown[columns], "First minus second, test cases"))
+        for table in comparison_tables(shown):
+            out_console.print(table)
     for warning in report_warnings(result.summary):
         out_console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for part, missing in result.summary["without_embedding"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -176,3 +177,29 @@ def headline_tables(headline: pd.DataFrame) -> Iterator[Table]:
         kept = kept.rename(index=lambda name: str(name).replace("_", " "))
         place = "" if scope == "pooled" else f", {scope}"
         yield frame_table(kept.reset_index(names=""), f"{run}{place}: test cases")
+
+
+def comparison_tables(comparison: pd.DataFrame) -> Iterator[Table]:
+    """Return differences as a table per pair of runs and scope, like `headline_tables`."""
+    for (first, second, scope), rows in comparison.groupby(
+        ["first", "second", "scope"], sort=False
+    ):
+        metric = rows["metric"].where(rows["kind"] != "site", "site_" + rows["metric"])
+        told = rows.assign(metric=metric.str.replace("_", " "), cell=rows.apply(_gap, axis=1))
+        kept = told.pivot_table(
+            index="metric", columns="task", values="cell", aggfunc="first", sort=False,
+            fill_value="",
+        )  # fmt: skip
+        place = "" if scope == "pooled" else f", {scope}"
+        title = f"{first} minus {second}{place}: test cases, seeds {rows['seeds'].iloc[0]}"
+        yield frame_table(kept.rename_axis(columns=None).reset_index(names=""), title)
+
+
+def _gap(row: pd.Series) -> str:
+    """Write a difference with its interval and p value."""
+    if math.isnan(row["difference"]):
+        return "not compared" if "not compared" in row["note"] else "undefined"
+    text = f"{row['difference']:+.3f}"
+    if not math.isnan(row["low"]):
+        text += f" ({row['low']:+.3f} to {row['high']:+.3f}), p {row['p_bootstrap']:.3f}"
+    return text

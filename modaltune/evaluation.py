@@ -6,7 +6,7 @@ and a classifier of the site. Predictions that a model makes itself enter the sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -232,13 +232,7 @@ def _add_sites(
     scorer = class_scorer(said, labels, asked)
     if scorer is not None:
         collected.scorers[place] = scorer
-    kinds: tuple[Kind, ...] = ("class", "survival")
-    for kind in kinds:
-        places = [Place(part, task, site, kind) for site in probes.sites]
-        each = [collected.scorers[p] for p in places if p in collected.scorers]
-        if each and all(s.case_ids for s in each):
-            mean = Place(part, task, MEAN_OF_SITES, kind)
-            collected.scorers[mean] = mean_over(each)
+    collected.add_means(part, task, probes.sites)
 
 
 def evaluate_predictions(
@@ -248,8 +242,8 @@ def evaluate_predictions(
     *,
     name: str,
     parts: Sequence[Literal["val", "test"]] = ("val", "test"),
-    foreign: Collection[str] = (),
-    fitted: ScopeProbes | None = None,
+    sites: Sequence[str] = (),
+    fitted: Mapping[str, ScopeProbes] | None = None,
 ) -> Evaluation:
     """Score what a model predicts itself, in the tables that embeddings get.
 
@@ -261,34 +255,47 @@ def evaluate_predictions(
             such predictions.
         name: Of the run.
         parts: What is scored.
-        foreign: Cases whose class numbers mean other diagnoses than the model's: left out.
-        fitted: Cut and weights to use instead, such as those of another cohort.
+        sites: Cancer sites that the model was trained on, by column `site`; a class of another one
+            means other diagnoses and is left out. Of several, classes and survival are scored per
+            site and in their mean, and all together survival alone. Empty: not known.
+        fitted: Cut and weights to use instead by scope, such as those of another cohort.
     """
     labels = check_labels(labels)
-    predicted = set(predictions.case_ids)
-    scope = _direct_scope(predictions, labels, split) if fitted is None else fitted
+    predicted, given = set(predictions.case_ids), fitted or {}
+    site = dict(zip(labels.index, site_names(labels), strict=True))
     collected = _Collected(labels)
-    collected.foreign = set(foreign)
+    if sites:
+        collected.foreign = {case for case, own in site.items() if own and own not in sites}
+    each = tuple(sorted(sites)) if len(sites) > 1 else ()
     for part in parts:
-        asked = split.parts[part]
-        ids = [case for case in asked if case in predicted]
-        collected.missing[part] = tuple(sorted(set(asked) - set(ids)))
-        collected.add(part, DIRECT, POOLED, predictions.take(ids), asked, scope)
+        collected.missing[part] = tuple(sorted(set(split.parts[part]) - predicted))
+        for scope in (POOLED, *each):
+            asked = [c for c in split.parts[part] if scope in (POOLED, site.get(c))]
+            train = [c for c in split.train if scope in (POOLED, site.get(c))]
+            if scope != POOLED and not asked:
+                continue
+            said = predictions.take([case for case in asked if case in predicted])
+            if scope == POOLED and each:
+                said = replace(said, labels=None, probabilities=None)
+            known = given.get(scope) or _direct_scope(predictions, labels, train)
+            collected.add(part, DIRECT, scope, said, asked, known)
+        collected.add_means(part, DIRECT, each)
     return collected.finish(name, None)
 
 
-def _direct_scope(predictions: Predictions, labels: pd.DataFrame, split: Split) -> ScopeProbes:
+def _direct_scope(
+    predictions: Predictions, labels: pd.DataFrame, train: Sequence[str]
+) -> ScopeProbes:
     """Return what survival metrics and risk groups of direct predictions need, from training."""
     if predictions.risk is None:
         return ScopeProbes(None, None, None, None)
-    train = [case for case in split.train if case in labels.index]
-    rows = labels.loc[train]
+    rows = labels.loc[[case for case in train if case in labels.index]]
     try:
         reference = SurvivalReference.fit(rows["survival_months"], rows["event"])
     except ProbeError:
         reference = None  # the scorer's rows then hold Harrell's index alone
     predicted = set(predictions.case_ids)
-    known = np.asarray(predictions.take([c for c in train if c in predicted]).risk, float)
+    known = np.asarray(predictions.take([c for c in rows.index if c in predicted]).risk, float)
     known = known[~np.isnan(known)]
     return ScopeProbes(None, None, float(np.median(known)) if len(known) else None, reference)
 
@@ -329,6 +336,15 @@ class _Collected:
                 self.groups[place] = risk_groups(
                     rows["survival_months"], rows["event"], risk, probes.risk_cut
                 )
+
+    def add_means(self, part: str, task: str, sites: Sequence[str]) -> None:
+        """Score the mean over sites, where every site that has a score has cases."""
+        kinds: tuple[Kind, ...] = ("class", "survival")
+        for kind in kinds:
+            places = [Place(part, task, site, kind) for site in sites]
+            each = [self.scorers[p] for p in places if p in self.scorers]
+            if each and all(s.case_ids for s in each):
+                self.scorers[Place(part, task, MEAN_OF_SITES, kind)] = mean_over(each)
 
     def finish(self, name: str, fitted: FittedProbes | None) -> Evaluation:
         """Return the evaluation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,11 @@ from modaltune.engine.atomic import atomic_path, write_json_atomic
 from modaltune.errors import InputError
 from modaltune.evaluation import DIRECT, Evaluation, Place
 from modaltune.model_comparison import paired_tests
+from modaltune.predictions import predictions_table
 from modaltune.result_rows import BootstrapOptions, ScoreRow, difference_rows, score_rows
+from modaltune.tables import name_few
+
+logger = logging.getLogger(__name__)
 
 SCORE_COLUMNS = (
     "run", "split", "task", "scope", "kind", "metric", "value", "low", "high", "n", "events",
@@ -39,6 +44,8 @@ def seeds_table(
 ) -> pd.DataFrame:
     """Return the means over runs that differ by their seed, with spread and each run's value.
 
+    What not every run scores has no mean; a warning names it.
+
     Args:
         evaluations: One per seed.
         options: Of the interval of the mean, over patients.
@@ -54,11 +61,12 @@ def seeds_table(
         raise InputError(
             f"evaluations must be two or more seeds, got {len(evaluations)}; give several runs"
         )
+    _tell_left_out(evaluations)
     rows = []
     for place in evaluations[0].scorers:
-        scorers = [e.scorers[place] for e in evaluations if place in e.scorers]
-        if len(scorers) < len(evaluations):
+        if any(place not in e.scorers for e in evaluations):
             continue
+        scorers = [e.scorers[place] for e in evaluations]
         for row in score_rows(scorers, options):
             rows.append(
                 {
@@ -71,6 +79,20 @@ def seeds_table(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _tell_left_out(evaluations: Sequence[Evaluation]) -> None:
+    """Warn of places and metrics that have no mean, since not every run has them."""
+    found: dict[tuple[Place, str], int] = {}
+    for evaluation in evaluations:
+        for place, scorer in evaluation.scorers.items():
+            for name in scorer.names:
+                found[place, name] = found.get((place, name), 0) + 1
+    few = [" ".join((*p, name)) for (p, name), n in found.items() if n < len(evaluations)]
+    if few:
+        logger.warning(
+            "no mean over seeds of %d scores that not every run has: %s", len(few), name_few(few)
+        )
 
 
 def comparison_table(
@@ -159,6 +181,20 @@ def _tests(
     )
 
 
+def all_predictions(evaluation: Evaluation) -> pd.DataFrame:
+    """Return the predictions of all places as one table: split, task, scope, case and values."""
+    tables = []
+    for place in evaluation.predictions:
+        twin = place._replace(kind="class")
+        if place.kind == "site" or (place.kind == "survival" and twin in evaluation.predictions):
+            continue
+        table = predictions_table(evaluation.predictions[place])
+        for column, value in zip(("scope", "task", "split"), place[2::-1], strict=True):
+            table.insert(0, column, value)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
 def fit_table(evaluation: Evaluation) -> pd.DataFrame:
     """Return how the probes' fits went: cases, deaths, penalty, convergence, what was said."""
     rows: list[dict[str, Any]] = []
@@ -229,6 +265,8 @@ def headline_table(scores: pd.DataFrame, split: str = "test") -> pd.DataFrame:
     order = [*("run", "task", "scope"), "n class", *HEADLINES[:4], "n survival", *HEADLINES[4:]]
     table = pd.DataFrame(rows.values())
     columns = [c for c in (*order, "site_balanced_accuracy") if c in table]
+    for name in [c for c in columns if c.startswith("n ")]:
+        table[name] = table[name].astype("Int64")  # counts, missing ones among them
     return table[columns].astype(object).where(table[columns].notna(), "")
 
 

@@ -323,7 +323,7 @@ def _cohort(data: ReportData) -> str:
     times = (
         f'<div class="card" id="time"><h3>Time</h3><table>'
         f"{stage_rows(data.stages_s, data.elapsed_s)}</table>"
-        + (f"<h3>Of it, slides to features</h3><table>{inside}</table>" if inside else "")
+        + (f"<h3>Slides, all processes together</h3><table>{inside}</table>" if inside else "")
         + "</div>"
     )
     settings = {"study": data.settings, "slides to features": data.embed_report.get("settings", {})}

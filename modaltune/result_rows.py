@@ -96,7 +96,8 @@ def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[Sco
 
     Args:
         scorers: One per seed; metrics that not all of them have are left out, and so are patients
-            that not all of them score, who are counted.
+            that not all of them score, who are counted. Brier scores that were integrated over
+            different months have no mean.
         options: Of the intervals.
     """
     names = _shared_names(scorers)
@@ -106,16 +107,20 @@ def score_rows(scorers: Sequence[Scorer], options: BootstrapOptions) -> list[Sco
     each = np.array([s.score(every) if count else np.full(len(names), np.nan) for s in scorers])
     draws = _draw(scorers, [], options)
     low, high = _ends(draws, len(names))
+    means = each.mean(0)
     rows = []
     for k, name in enumerate(names):
-        notes = [first.note(name)]
+        notes = [_notes_of(scorers, name)]
+        if _is_of_other_months(scorers, name):
+            means[k] = low[k] = high[k] = np.nan
+            notes.append("over different months: no mean")
         if 1 < len(scorers) < LEAST_SEEDS:
             notes.append(f"{len(scorers)} seeds; at least {LEAST_SEEDS} are needed for a spread")
         notes.append(_draw_note(draws))
         rows.append(
             ScoreRow(
                 name,
-                float(each[:, k].mean()),
+                float(means[k]),
                 float(low[k]),
                 float(high[k]),
                 count,
@@ -152,9 +157,10 @@ def difference_rows(
     draws = _draw(one, two, options)
     p_values = np.full(len(shared), np.nan) if draws is None else draws.p_values()
     told = np.array([values[0] - values[1], *_ends(draws, len(shared)), p_values])
-    notes = [[_both_notes(one[0].note(n), two[0].note(n)), _draw_note(draws)] for n in shared]
+    notes = [[_both_notes(*(_notes_of(s, n) for s in (one, two))), _draw_note(draws)]
+             for n in shared]  # fmt: skip
     for k, name in enumerate(shared):
-        if name == "integrated_brier" and len({s.note(name) for s in aligned}) > 1:
+        if _is_of_other_months(aligned, name):
             told[:, k] = np.nan
             notes[k].append("over different months: not compared")
     return [
@@ -173,6 +179,17 @@ def difference_rows(
         )
         for k, name in enumerate(shared)
     ]
+
+
+def _is_of_other_months(scorers: Sequence[Scorer], name: str) -> bool:
+    """Whether Brier scores were integrated over different months, which their notes tell."""
+    return name == "integrated_brier" and len({s.note(name) for s in scorers}) > 1
+
+
+def _notes_of(scorers: Sequence[Scorer], name: str) -> str:
+    """Return the note of a metric, of one run or of several seeds."""
+    said = list(dict.fromkeys(s.note(name) for s in scorers))
+    return said[0] if len(said) == 1 else "seeds differ: " + " / ".join(n or "none" for n in said)
 
 
 def _both_notes(first: str, second: str) -> str:
@@ -296,6 +313,15 @@ def mean_over(scorers: Sequence[Scorer]) -> Scorer:
         np.concatenate([s.strata for s in own]),
         np.concatenate([s.events for s in own]),
         left_out,
-        {"": f"mean over {len(own)} sites"},
+        {"": f"mean over {len(own)} sites"} | _months_of_sites(own),
         sites=np.repeat(np.arange(len(own)), np.diff(ends)),
     )
+
+
+def _months_of_sites(scorers: Sequence[Scorer]) -> dict[str, str]:
+    """Return over which months the sites' curves are scored: means over others don't compare."""
+    told = {}
+    for name in ("mean_auc", "integrated_brier"):
+        if notes := list(dict.fromkeys(note for s in scorers if (note := s.notes.get(name)))):
+            told[name] = " / ".join(notes)
+    return told

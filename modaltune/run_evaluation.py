@@ -28,6 +28,7 @@ from modaltune.evaluation import Evaluation, evaluate_cases, evaluate_prediction
 from modaltune.evaluation_pictures import draw_evaluation, draw_forest
 from modaltune.evaluation_report import class_names, report_markdown
 from modaltune.evaluation_tables import (
+    all_predictions,
     comparison_table,
     fit_table,
     headline_table,
@@ -36,8 +37,8 @@ from modaltune.evaluation_tables import (
     seeds_table,
     write_table,
 )
-from modaltune.fitted_probes import POOLED, FittedProbes, ScopeProbes
-from modaltune.predictions import predictions_table, read_predictions
+from modaltune.fitted_probes import FittedProbes, ScopeProbes, site_names
+from modaltune.predictions import read_predictions
 from modaltune.probe_files import load_probes, save_probes
 from modaltune.result_rows import BootstrapOptions
 from modaltune.run_names import TABLES, check_distinct, names_of_runs
@@ -197,8 +198,15 @@ def _rival(request: EvaluateRequest, main: EvaluatedCases, path: Path, runs: _Ru
             "path": str(path.resolve()),
             "sha256": file_sha256(path),
         }
-        scope = _direct_scope(_saved(request, request.run, main), None)
-        return evaluate_predictions(said, main.cases.clinical, main.split, name=name, fitted=scope)
+        saved = _saved(request, request.run, main)
+        return evaluate_predictions(
+            said,
+            main.cases.clinical,
+            main.split,
+            name=name,
+            sites=_sites_of(main) if saved is None else saved.sites,
+            fitted=_direct_scopes(saved, None),
+        )
     other = _embedded(request, path, runs)
     _check_unseen(main, other, path)
     return _evaluated(request, other, main, _saved(request, path, other))
@@ -213,12 +221,24 @@ def _saved(request: EvaluateRequest, path: Path, run: EvaluatedCases) -> FittedP
     return fitted
 
 
-def _direct_scope(saved: FittedProbes | None, risk_cut: float | None) -> ScopeProbes | None:
-    """Return the weights and times of saved probes, for what a model predicts itself."""
+def _sites_of(cases: EvaluatedCases) -> list[str]:
+    """Return the cancer sites of the training cases."""
+    clinical = cases.cases.clinical
+    train = clinical.loc[[case for case in cases.split.train if case in clinical.index]]
+    return sorted(set(site_names(train)) - {""})
+
+
+def _direct_scopes(
+    saved: FittedProbes | None, risk_cut: float | None
+) -> dict[str, ScopeProbes] | None:
+    """Return weights and times of saved probes by scope, for what a model predicts itself."""
     if saved is None:
         return None
-    reference = saved.probes[saved.tasks[0], POOLED].reference
-    return ScopeProbes(None, None, risk_cut, reference)
+    first = saved.tasks[0]  # weights and times are those of the training cases, whatever the prompt
+    return {
+        scope: ScopeProbes(None, None, risk_cut, saved.probes[first, scope].reference)
+        for scope in saved.scopes
+    }
 
 
 def _probes(
@@ -266,12 +286,15 @@ def _evaluated(
         return probed
     cases = run.cases
     said = own.predict_embedded(cases.case_ids, cases.embeddings)
-    sites = set(own.info["sites"])
-    site = cases.clinical["site"].dropna() if "site" in cases.clinical else pd.Series(dtype=object)
-    foreign = {str(case) for case in site[~site.isin(sites)].index} if sites else set()
-    scope = _direct_scope(fitted if request.probes == "run" else None, own.info.get("risk_cut"))
     direct = evaluate_predictions(
-        said, cases.clinical, main.split, name=run.name, foreign=foreign, fitted=scope
+        said,
+        cases.clinical,
+        main.split,
+        name=run.name,
+        sites=own.info["sites"],
+        fitted=_direct_scopes(
+            fitted if request.probes == "run" else None, own.info.get("risk_cut")
+        ),
     )
     return direct.beside(probed)
 
@@ -331,20 +354,6 @@ def _write(
     write_json_atomic(out / "evaluation.json", summary)
     files = (*written, out / "report.md", out / "evaluation.json")
     return EvaluateResult(headline, scores, fits, comparison, summary, files)
-
-
-def all_predictions(evaluation: Evaluation) -> pd.DataFrame:
-    """Return the predictions of all places as one table: split, task, scope, case and values."""
-    tables = []
-    for place in evaluation.predictions:
-        twin = place._replace(kind="class")
-        if place.kind == "site" or (place.kind == "survival" and twin in evaluation.predictions):
-            continue
-        table = predictions_table(evaluation.predictions[place])
-        for column, value in zip(("scope", "task", "split"), place[2::-1], strict=True):
-            table.insert(0, column, value)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _summary(

@@ -215,7 +215,8 @@ def _survival_notes(time: Floats, died: Floats, reference: SurvivalReference) ->
     note = f"truncated at {reference.tau:.1f} months, the last with 5 % of training uncensored"
     if beyond:
         note += f": {beyond} cases followed longer, {late} deaths there not counted"
-    notes = {"uno_c_index": note}
+    when = ", ".join(f"{t:.1f}" for t in reference.auc_times)
+    notes = {"uno_c_index": note, "mean_auc": f"over the areas at {when} months"}
     for name, t in zip(area_names(reference.auc_times), reference.auc_times, strict=True):
         if not ((died == 1) & (time <= t)).any() or not (time > t).any():
             notes[name] = "nobody dead by then, or nobody followed longer: undefined"

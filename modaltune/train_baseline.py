@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from modaltune.model import ModalTune
 from modaltune.preprocessing import Preprocessing
 from modaltune.probes import ProbeError
 from modaltune.run_config import RunConfig
+from modaltune.tables import name_few
 from modaltune.train_cases import StreamedCases
 
 __all__ = ["begin_baseline", "finish_baseline", "reads_slide_vectors"]
@@ -30,6 +32,7 @@ def begin_baseline(
     preprocessing: Preprocessing,
     train: StreamedCases,
     model: ModalTune | None,
+    sites: Sequence[str] = (),
 ) -> BaselineRun:
     """Return a baseline with new weights and heads that fit the labels of the training cases.
 
@@ -39,6 +42,7 @@ def begin_baseline(
         preprocessing: Fitted.
         train: Training cases.
         model: Whose slide encoder a linear probe reads.
+        sites: Cancer sites of the training cases.
 
     Raises:
         InputError: The labels can't carry the heads asked for.
@@ -47,6 +51,11 @@ def begin_baseline(
         raise InputError(
             "learner.classes must be false for several cases folders, whose class numbers mean "
             "different diagnoses, got true; train survival alone, or a baseline per folder"
+        )
+    if section.classes and len(sites) > 1:
+        logger.warning(
+            "one class head is trained for the sites %s: a class number must mean the same in all",
+            name_few(sites),
         )
     targets = train.all_targets
     assert targets is not None  # training cases have labels; narrows the type
@@ -77,7 +86,7 @@ def begin_baseline(
         logger.warning("%s reads no clinical values: inputs.clinical is not used", section.kind)
     convention = config.model.position_convention
     shape = ModalTuneConfig(position_convention=convention) if model is None else model.config
-    return BaselineRun(learner, section, preprocessing, shape)
+    return BaselineRun(learner, section, preprocessing, shape, {"sites": list(sites)})
 
 
 def finish_baseline(run: BaselineRun, train: StreamedCases, cases_per_batch: int) -> None:

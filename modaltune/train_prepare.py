@@ -18,6 +18,7 @@ from modaltune.cases_folder import CasesFolder
 from modaltune.checkpoint import Run
 from modaltune.config import ModalTuneConfig, PositionConvention
 from modaltune.errors import InputError, WeightsError
+from modaltune.fitted_probes import site_names
 from modaltune.labels import ROWS, label_cohort
 from modaltune.learner import Learner, ModalTuneLearner
 from modaltune.learner_config import AnyBaseline, ModalTuneSection
@@ -149,10 +150,8 @@ def _baseline(
         if config.model.start == "unit_gain":
             start_at_unit_gain(model, _some_tiles(train), config.model.feature_gain)
     torch.manual_seed(config.training.seed)
-    run = begin_baseline(config, section, preprocessing, train, model)
-    run.info["sites"] = sorted(
-        pooled.clinical.loc[list(train.case_ids), "site"].dropna().astype(str).unique()
-    )
+    sites = sorted(set(site_names(pooled.clinical.loc[list(train.case_ids)])) - {""})
+    run = begin_baseline(config, section, preprocessing, train, model, sites)
     return run, run.learner, train, val
 
 

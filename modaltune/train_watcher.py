@@ -263,9 +263,18 @@ def check_same(saved: Saved, config: RunConfig, facts: Mapping[str, Any]) -> Non
     """
     before = saved.state["facts"]
     changed = config.differences(before["config"])
-    changed += [name for name, value in facts.items() if before.get(name) != value]
+    old, new = _without_paths(before), _without_paths(facts)
+    if old["cases"] == new["cases"]:  # wherever they lie now
+        changed = [name for name in changed if name != "cases.folders"]
+    changed += [name for name, value in new.items() if old.get(name) != value]
     if changed:
         raise CheckpointError(
             f"a run that goes on must have the configuration and cases it was begun with, got "
             f"another {', '.join(changed)}; put it back, or choose another output.folder"
         )
+
+
+def _without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts with cases folders known by their checksums and folds alone."""
+    known = [{k: v for k, v in s.items() if k != "path"} for s in facts.get("cases") or ()]
+    return {**facts, "cases": known}

@@ -25,60 +25,22 @@ from modaltune.evaluation import (
 )
 from modaltune.evaluation_tables import (
     comparison_table,
-    fit_table,
     headline_table,
-    json_rows,
-    markdown,
     score_table,
-    seeds_table,
-    write_table,
 )
 from modaltune.fitted_probes import POOLED
 from modaltune.probe_files import save_probes
 from modaltune.result_rows import BootstrapOptions
 from modaltune.splits import Split
+from modaltune.testing_embeddings import TASKS, embedded_study, one_row
 
-TASKS = ("general", "diagnosis", "survival")
 POINTS = BootstrapOptions(resamples=0)
 FAST = BootstrapOptions(resamples=8)
 
 
-def _study(
-    n: int = 160, sites: tuple[str, ...] = ("breast",), seed: int = 0
-) -> tuple[EmbeddedCases, Split]:
-    rng = np.random.default_rng(seed)
-    ids = [f"P{k:03d}" for k in range(n)]
-    x = rng.normal(size=(n, 3, 6))
-    death, leaving = rng.exponential(40 * np.exp(-x[:, 2, 1])), rng.uniform(5, 120, n)
-    clinical = pd.DataFrame(
-        {
-            "primary_class": (x[:, 1, 0] + 0.5 * rng.normal(size=n) > 0).astype(int),
-            "survival_months": np.ceil(np.minimum(death, leaving)),
-            "event": (death <= leaving).astype(float),
-            "site": rng.choice(sites, n),
-        },
-        index=ids,
-    )
-    for number, site in enumerate(sites):
-        x[clinical["site"] == site, :, 4] += 3 * number
-    clinical.iloc[::13, 0] = -1
-    clinical.iloc[4::17, 1] = np.nan
-    order = rng.permutation(ids)
-    split = Split(tuple(order[: n // 2]), tuple(order[n // 2 : 5 * n // 8]),
-                  tuple(order[5 * n // 8 :]))  # fmt: skip
-    return EmbeddedCases(tuple(ids), x, TASKS, clinical), split
-
-
-def _one(table: pd.DataFrame, **where: str) -> Any:
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
-
-
 @pytest.fixture(scope="module")
 def study() -> tuple[EmbeddedCases, Split, Evaluation]:
-    cases, split = _study()
+    cases, split = embedded_study()
     return cases, split, evaluate_cases(cases, split, name="mine")
 
 
@@ -109,13 +71,13 @@ def test_golden_scores(shared_dir: Path, name: str) -> None:
     scores = score_table(found, POINTS)
     excluded = int((tensors["in/test.primary_class"] < 0).sum())
     for task, metrics in meta["metrics"].items():
-        row = _one(scores, task=task, metric="c_index")
+        row = one_row(scores, task=task, metric="c_index")
         assert row["value"] == pytest.approx(metrics["test_c_index"], abs=1e-6)
-        row = _one(scores, task=task, metric="balanced_accuracy")
+        row = one_row(scores, task=task, metric="balanced_accuracy")
         assert row["n"] == len(parts["test"]) - excluded
         if not excluded:  # the published script counts class -1 as a class nobody predicts
             assert row["value"] == pytest.approx(metrics["test_balanced_accuracy"])
-            row = _one(scores, task=task, metric="accuracy")
+            row = one_row(scores, task=task, metric="accuracy")
             assert row["value"] == pytest.approx(metrics["test_accuracy"])
 
 
@@ -123,7 +85,7 @@ def test_golden_scores(shared_dir: Path, name: str) -> None:
 def test_nothing_is_fitted_on_the_other_cases(sites: tuple[str, ...], tmp_path: Path) -> None:
     """Labels, follow-up, sites and embeddings of validation and test change no byte of what is
     fitted: probes, baseline survival, risk cut, censoring weights, times of the metrics."""
-    cases, split = _study(sites=sites)
+    cases, split = embedded_study(sites=sites)
     rng = np.random.default_rng(5)
     judged = [*split.val, *split.test]
     other = cases.clinical.copy()
@@ -145,13 +107,13 @@ def test_nothing_is_fitted_on_the_other_cases(sites: tuple[str, ...], tmp_path: 
     where = {"split": "test", "task": "diagnosis", "metric": "auroc", "scope": sites[0]}
     where["scope"] = POOLED if len(sites) == 1 else sites[0]
     where["kind"] = "class"
-    one, two = (_one(score_table(e, POINTS), **where)["value"] for e in (first, second))
+    one, two = (one_row(score_table(e, POINTS), **where)["value"] for e in (first, second))
     assert one > 0.8
     assert two < 0.75
 
 
 def test_shuffled_training_labels_are_at_chance() -> None:
-    cases, split = _study(n=400)
+    cases, split = embedded_study(n=400)
     rng = np.random.default_rng(0)
     clinical = cases.clinical.copy()
     for column in ("primary_class", "survival_months", "event"):
@@ -168,14 +130,14 @@ def test_the_right_prompt_finds_what_it_holds(study: Any) -> None:
     scores = score_table(study[2], FAST)
     headline = headline_table(scores)
     assert list(headline["task"]) == list(TASKS)
-    auroc = {t: _one(scores, split="test", task=t, metric="auroc")["value"] for t in TASKS}
-    index = {t: _one(scores, split="test", task=t, metric="c_index")["value"] for t in TASKS}
+    auroc = {t: one_row(scores, split="test", task=t, metric="auroc")["value"] for t in TASKS}
+    index = {t: one_row(scores, split="test", task=t, metric="c_index")["value"] for t in TASKS}
     assert max(auroc, key=auroc.__getitem__) == "diagnosis"
     assert max(index, key=index.__getitem__) == "survival"
-    row = _one(scores, split="test", task="survival", metric="c_index")
+    row = one_row(scores, split="test", task="survival", metric="c_index")
     assert 0.6 < row["low"] < row["value"] < row["high"]
     assert headline["c_index"][2] == f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
-    groups = _one(scores, split="test", task="survival", metric="log_rank_p")
+    groups = one_row(scores, split="test", task="survival", metric="log_rank_p")
     assert groups["value"] < 0.01
     assert "cut at the training median" in groups["note"]
 
@@ -194,35 +156,79 @@ def test_every_test_case_is_in_every_metric(study: Any) -> None:
 
 
 def test_several_sites() -> None:
-    cases, split = _study(n=240, sites=("breast", "kidney"))
+    cases, split = embedded_study(n=240, sites=("breast", "kidney"))
     found = evaluate_cases(cases, split, parts=("test",))
     assert Place("test", "general", POOLED, "class") not in found.scorers
     scores = score_table(found, FAST)
-    site = _one(scores, task="general", kind="site", metric="balanced_accuracy")
+    site = one_row(scores, task="general", kind="site", metric="balanced_accuracy")
     assert site["value"] > 0.85
-    each = [_one(scores, task="diagnosis", scope=s, metric="auroc") for s in ("breast", "kidney")]
-    mean = _one(scores, task="diagnosis", scope=MEAN_OF_SITES, metric="auroc")
+    each = [
+        one_row(scores, task="diagnosis", scope=s, metric="auroc") for s in ("breast", "kidney")
+    ]
+    mean = one_row(scores, task="diagnosis", scope=MEAN_OF_SITES, metric="auroc")
     assert mean["value"] == pytest.approx(np.mean([row["value"] for row in each]))
     assert mean["n"] == sum(row["n"] for row in each)
-    pooled = _one(scores, task="survival", scope=POOLED, metric="c_index")
+    pooled = one_row(scores, task="survival", scope=POOLED, metric="c_index")
     assert pooled["n"] > max(row["n"] for row in each)
     assert "site_balanced_accuracy" in headline_table(scores)
 
 
+def test_direct_predictions_for_several_sites() -> None:
+    """What embeddings get: classes per site, since a number means another diagnosis in each."""
+    cases, split = embedded_study(n=240, sites=("breast", "kidney"))
+    found = evaluate_cases(cases, split, parts=("test",))
+    pooled = found.predictions[Place("test", "survival", POOLED, "survival")]
+    classes = [found.predictions[Place("test", "survival", s, "class")] for s in _sites(found)]
+    ids = [case for part in classes for case in part.case_ids]
+    chances = [part.probabilities for part in classes]
+    assert all(c is not None for c in chances)
+    said = replace(
+        pooled.take(ids), labels=classes[0].labels, probabilities=np.concatenate(chances)
+    )
+    direct = evaluate_predictions(
+        said, cases.clinical, split, name="rival", parts=("test",), sites=("kidney", "breast")
+    )
+    mine, theirs = score_table(found, POINTS), score_table(direct, POINTS)
+    assert set(theirs["scope"]) == {POOLED, "breast", "kidney", MEAN_OF_SITES}
+    assert set(theirs[theirs["scope"] == POOLED]["kind"]) == {"survival"}
+    for scope in ("breast", "kidney", MEAN_OF_SITES):
+        for metric in ("auroc", "balanced_accuracy", "brier"):
+            own = one_row(mine, task="survival", scope=scope, metric=metric)
+            given = one_row(theirs, scope=scope, metric=metric)
+            assert (given["value"], given["n"]) == (own["value"], own["n"])
+    # Weights and times of a site are those of its training cases, for whatever predicts there.
+    own = one_row(mine, task="survival", scope="kidney", metric="mean_auc")
+    assert one_row(theirs, scope="kidney", metric="mean_auc")["note"] == own["note"]
+    table = comparison_table([found], [direct], POINTS)
+    row = one_row(table, task="survival", scope=MEAN_OF_SITES, metric="auroc")
+    assert row["difference"] == 0
+    alone = evaluate_predictions(
+        said, cases.clinical, split, name="rival", parts=("test",), sites=("kidney",)
+    )
+    row = one_row(score_table(alone, POINTS), metric="auroc")
+    assert row["scope"] == POOLED
+    assert "class of another site" in row["left_out"]
+
+
+def _sites(found: Evaluation) -> tuple[str, ...]:
+    assert found.fitted is not None
+    return found.fitted.sites
+
+
 def test_another_cohort_with_the_probes_of_the_first() -> None:
     """Classes of another site mean other diagnoses and are not scored; risks are."""
-    cases, split = _study()
+    cases, split = embedded_study()
     fitted = fit_on(cases, split.train)
-    other, parts = _study(sites=("bladder",), seed=3)
+    other, parts = embedded_study(sites=("bladder",), seed=3)
     found = evaluate_cases(other, parts, fitted=fitted, parts=("test",))
     assert found.fitted is fitted
     scores = score_table(found, POINTS)
-    row = _one(scores, task="diagnosis", metric="auroc")
+    row = one_row(scores, task="diagnosis", metric="auroc")
     assert row["n"] == 0
     assert row["left_out"] == f"class of another site: {len(parts.test)}"
-    assert _one(scores, task="survival", metric="c_index")["value"] > 0.65
+    assert one_row(scores, task="survival", metric="c_index")["value"] > 0.65
     same = evaluate_cases(cases, split, fitted=fitted, parts=("test",))
-    assert _one(score_table(same, POINTS), task="diagnosis", metric="auroc")["n"] > 0
+    assert one_row(score_table(same, POINTS), task="diagnosis", metric="auroc")["n"] > 0
     renamed = replace(other, tasks=("a", "b", "c"))
     with pytest.raises(InputError, match="must be probes of the task prompts a, b, c"):
         evaluate_cases(renamed, parts, fitted=fitted)
@@ -236,21 +242,21 @@ def test_direct_predictions_enter_the_same_tables(study: Any) -> None:
     mine = score_table(found, POINTS)
     theirs = score_table(direct, POINTS)
     for metric in ("auroc", "brier", "c_index", "uno_c_index", "integrated_brier"):
-        own = _one(mine, split="test", task="diagnosis", metric=metric)
-        given = _one(theirs, split="test", task=DIRECT, metric=metric)
+        own = one_row(mine, split="test", task="diagnosis", metric=metric)
+        given = one_row(theirs, split="test", task=DIRECT, metric=metric)
         assert given["value"] == own["value"]
         assert given["n"] == own["n"]
     assert direct.groups == {}  # no prediction for training cases: no cut
     table = comparison_table([found], [direct], FAST)
-    row = _one(table, split="test", task="diagnosis", metric="auroc")
+    row = one_row(table, split="test", task="diagnosis", metric="auroc")
     assert (row["difference"], row["p_delong"]) == (0, 1)
-    assert _one(table, split="test", task="general", metric="auroc")["difference"] < 0
+    assert one_row(table, split="test", task="general", metric="auroc")["difference"] < 0
 
 
 @pytest.mark.parametrize("sites", [("breast",), ("breast", "kidney")])
 def test_runs_that_read_other_cases_are_weighed_alike(sites: tuple[str, ...]) -> None:
     """Censoring weights and times come from all training cases, embedded or not."""
-    cases, split = _study(n=240, sites=sites)
+    cases, split = embedded_study(n=240, sites=sites)
     months = cases.clinical.loc[list(split.train), "survival_months"]
     gone = set(months[months > months.median()].index[::2])
     kept = [case for case in cases.case_ids if case not in gone]
@@ -269,34 +275,23 @@ def test_runs_that_read_other_cases_are_weighed_alike(sites: tuple[str, ...]) ->
 
 def test_a_run_of_shorter_follow_up_keeps_its_brier_score() -> None:
     """Over the months that it knows, and with no difference to a run that knows more."""
-    cases, split = _study(n=240)
+    cases, split = embedded_study(n=240)
     months = cases.clinical.loc[list(split.train), "survival_months"]
     gone = set(months[months > months.quantile(0.7)].index)
     kept = [case for case in cases.case_ids if case not in gone]
     some = EmbeddedCases(tuple(kept), cases.take(kept), TASKS, cases.clinical)
     pair = [evaluate_cases(c, split, parts=("test",)) for c in (cases, some)]
     table = comparison_table(pair[:1], pair[1:], POINTS)
-    row = _one(table, task="survival", metric="integrated_brier")
+    row = one_row(table, task="survival", metric="integrated_brier")
     assert np.isfinite([row["first_value"], row["second_value"]]).all()
     assert np.isnan(row["difference"])
     assert "over different months: not compared" in row["note"]
-    assert np.isfinite(_one(table, task="survival", metric="uno_c_index")["difference"])
-
-
-def test_runs_of_one_side_are_seeds_of_one_recipe(study: Any) -> None:
-    cases, split, found = study
-    direct = evaluate_predictions(
-        found.predictions[Place("test", "diagnosis", POOLED, "class")], cases.clinical, split,
-        name="rival", parts=("test",),
-    )  # fmt: skip
-    for sides in (([found, direct], [found]), ([found], [direct, found])):
-        with pytest.raises(InputError, match=r"must be seeds of one recipe, got .*rival"):
-            comparison_table(*sides, POINTS)
+    assert np.isfinite(one_row(table, task="survival", metric="uno_c_index")["difference"])
 
 
 def test_classes_of_a_site_that_training_lacks_are_not_scored() -> None:
     """Whoever fitted the probes: class numbers mean other diagnoses there."""
-    cases, split = _study()
+    cases, split = embedded_study()
     clinical = cases.clinical.copy()
     away = list(split.test[:5])
     clinical.loc[away, "site"] = "kidney"
@@ -306,58 +301,8 @@ def test_classes_of_a_site_that_training_lacks_are_not_scored() -> None:
     assert not set(scorer.case_ids) & set(away)
 
 
-def test_comparison_and_seeds(study: Any, tmp_path: Path) -> None:
-    cases, split, found = study
-    noise = np.random.default_rng(9).normal(size=cases.embeddings.shape)
-    worse = [
-        evaluate_cases(replace(cases, embeddings=cases.embeddings + k * noise), split, name=f"n{k}")
-        for k in (3, 4, 5)
-    ]
-    table = comparison_table([found], worse[:1], FAST)
-    row = _one(table, split="test", task="survival", metric="c_index")
-    assert row["difference"] == pytest.approx(row["first_value"] - row["second_value"])
-    assert row["low"] > 0
-    assert row["p_permutation"] < 0.3
-    many = comparison_table([found], worse, FAST)
-    assert set(many["seeds"]) == {"1 and 3"}
-    seeds = seeds_table(worse, FAST, "noisy")
-    row = _one(seeds, split="test", task="survival", metric="c_index")
-    each = [
-        _one(score_table(e, POINTS), split="test", task="survival", metric="c_index")["value"]
-        for e in worse
-    ]
-    assert row["value"] == pytest.approx(np.mean(each))
-    assert row["sd"] == pytest.approx(np.std(each, ddof=1))
-    assert "±" in headline_table(seeds)["c_index"][2]
-    paths = write_table(tmp_path, "seeds", seeds)
-    assert [p.name for p in paths] == ["seeds.csv", "seeds.md", "seeds.json"]
-    again = pd.read_csv(paths[0])
-    np.testing.assert_allclose(again["value"], seeds["value"])
-    assert json.loads(paths[2].read_text()) == json_rows(seeds)
-    assert paths[1].read_text().count("\n") == len(seeds) + 2
-    with pytest.raises(InputError, match="two or more seeds, got 1"):
-        seeds_table(worse[:1], FAST, "x")
-
-
-def test_fits_say_how_they_went(study: Any) -> None:
-    fits = fit_table(study[2])
-    assert list(fits["task"]) == list(TASKS)
-    assert fits["cox_converged"].all()
-    assert set(fits["cox_penalizer"]) == {0.1}
-    assert (fits["cox_deaths"] < fits["cox_cases"]).all()
-
-
-def test_markdown_is_a_table() -> None:
-    table = pd.DataFrame({"a|b": ["x|y", "z"], "n": [1, 2], "v": [0.00001, float("nan")]})
-    lines = markdown(table).splitlines()
-    assert lines[0] == "| a|b | n | v |"
-    assert lines[1] == "|---|---:|---:|"
-    assert lines[2] == "| x\\|y | 1 | 1e-05 |"
-    assert lines[3] == "| z | 2 |  |"
-
-
 def test_bad_input() -> None:
-    cases, split = _study(20)
+    cases, split = embedded_study(20)
     with pytest.raises(InputError, match=r"must have shape \[20, 3, d\], got \[20, 2, 6\]"):
         replace(cases, embeddings=cases.embeddings[:, :2])
     with pytest.raises(InputError, match="must name each case once"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from modaltune.result_rows import BootstrapOptions
 from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_run
 from modaltune.splits import Split
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
+from modaltune.testing_embeddings import one_row
 
 POINTS = BootstrapOptions(resamples=0)
 
@@ -50,13 +52,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def _evaluate(study: Study, **options: Any) -> EvaluateResult:
     options = {"bootstrap": POINTS, "pictures": False, **options}
     return evaluate_run(EvaluateRequest(run=study.runs[0], **options))
-
-
-def _one(table: pd.DataFrame, **where: str) -> Any:
-    for column, value in where.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 def test_the_command(study: Study, tmp_path: Path) -> None:
@@ -102,7 +97,8 @@ def test_what_is_printed(study: Study) -> None:
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     assert "uno c index" in said.stdout
-    assert "First minus second" in said.stdout
+    assert "seed0 minus seed1: test cases, seeds 1 and 1" in said.stdout
+    assert re.search(r"c index +│ [+-]0\.\d{3} +│", said.stdout)  # without resamples no interval
     assert "random, not pretrained" in said.stdout
 
 
@@ -138,18 +134,18 @@ def test_seeds_and_rivals(study: Study, tmp_path: Path) -> None:
     assert list(runs) == ["seed0", "seed1", "seed2", "seed0 and 2 more seeds", "given"]
     assert not found.scores.duplicated(["run", "split", "task", "scope", "kind", "metric"]).any()
     mean = found.scores[found.scores["run"] == "seed0 and 2 more seeds"]
-    row = _one(mean, split="test", task="survival", metric="c_index")
+    row = one_row(mean, split="test", task="survival", metric="c_index")
     assert row["seeds"] == 3
     assert row["value"] == pytest.approx(
         np.mean([float(v) for v in row["values"].split()]), abs=1e-4
     )
     where = {"split": "test", "task": "survival", "metric": "c_index"}
-    assert _one(found.scores[found.scores["run"] == "seed0"], **where)["value"] == pytest.approx(
-        _one(alone.scores, **where)["value"]
+    assert one_row(found.scores[found.scores["run"] == "seed0"], **where)["value"] == pytest.approx(
+        one_row(alone.scores, **where)["value"]
     )
     direct = found.scores[found.scores["run"] == "given"]
-    assert _one(direct, split="test", metric="c_index")["value"] == pytest.approx(
-        _one(alone.scores, **where)["value"]
+    assert one_row(direct, split="test", metric="c_index")["value"] == pytest.approx(
+        one_row(alone.scores, **where)["value"]
     )
     assert set(found.comparison["second"]) == {"seed1", "given"}
     told = json.loads((own / "evaluation.json").read_text())
@@ -192,14 +188,14 @@ def test_another_cohort(study: Study) -> None:
     )  # fmt: skip
     # Each run speaks through its own probes, of the first cohort: a rival as the run.
     assert fitted.summary["own_cases"]
-    beside = _one(first.scores[first.scores["run"] == "seed2"], **where)["value"]
-    assert beside == _one(alone.scores, **where)["value"]
+    beside = one_row(first.scores[first.scores["run"] == "seed2"], **where)["value"]
+    assert beside == one_row(alone.scores, **where)["value"]
     first = replace(first, scores=first.scores[first.scores["run"] == "seed0"])
-    row = _one(first.scores, split="test", task="general", metric="auroc")
+    row = one_row(first.scores, split="test", task="general", metric="auroc")
     assert row["n"] == 0
     assert "class of another site" in row["left_out"]
-    other = _one(first.scores, split="test", task="survival", metric="c_index")
-    own = _one(found.scores, split="test", task="survival", metric="c_index")
+    other = one_row(first.scores, split="test", task="survival", metric="c_index")
+    own = one_row(found.scores, split="test", task="survival", metric="c_index")
     assert other["n"] == own["n"] > 0
     assert other["value"] != own["value"]
 
@@ -214,15 +210,15 @@ def test_a_table_is_weighed_as_the_run_it_is_set_beside(study: Study, tmp_path: 
     beside = _evaluate(study, **others, compare=((tmp_path / "given.csv",),))
     scores = beside.scores[beside.scores["run"] == "given"]
     for metric in ("uno_c_index", "mean_auc", "integrated_brier"):
-        own = _one(alone.scores, split="test", task="survival", metric=metric)
-        given = _one(scores, split="test", metric=metric)
+        own = one_row(alone.scores, split="test", task="survival", metric=metric)
+        given = one_row(scores, split="test", metric=metric)
         assert given["value"] == own["value"]
         assert given["note"] == own["note"]
-        row = _one(beside.comparison, split="test", task="survival", metric=metric)
+        row = one_row(beside.comparison, split="test", task="survival", metric=metric)
         assert row["difference"] == 0
 
 
-def test_several_folders_are_several_sites(study: Study) -> None:
+def test_several_folders_are_several_sites(study: Study, tmp_path: Path) -> None:
     """A run of two cohorts: probes per site and pooled, and a classifier of the site."""
     folders = (study.cases.path, study.other.path)
     found = _evaluate(study, cases=folders)
@@ -233,6 +229,19 @@ def test_several_folders_are_several_sites(study: Study) -> None:
     again = embed_cases(study.runs[0], cases=folders[::-1], cache=study.runs[0] / "embeddings")
     assert again.cases_sha256 == found.summary["cases_sha256"]
     assert len(again.split.test) == len(study.cases.split().test) + len(study.other.split().test)
+    table = pd.read_parquet(out / "predictions.parquet")
+    own = table[(table["task"] == "survival") & (table["scope"] != "pooled")]
+    own.to_csv(tmp_path / "given.csv", index=False)
+    beside = _evaluate(study, cases=folders, compare=((tmp_path / "given.csv",),))
+    given = beside.scores[beside.scores["run"] == "given"]
+    assert set(given["scope"]) == scopes
+    assert set(given[given["scope"] == "pooled"]["kind"]) == {"survival"}
+    for scope in ("breast", "bladder", "mean of sites"):
+        for metric in ("auroc", "c_index"):
+            row = one_row(
+                beside.comparison, split="test", task="survival", scope=scope, metric=metric
+            )
+            assert row["difference"] == 0
 
 
 def test_genes_of_another_source(study: Study, tmp_path: Path) -> None:

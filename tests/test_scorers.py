@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from modaltune.errors import CohortError, InputError
 from modaltune.evaluate import harrell_c_index
 from modaltune.model_comparison import paired_tests
-from modaltune.predictions import Predictions, predictions_table, read_predictions
+from modaltune.predictions import Predictions
 from modaltune.result_rows import (
     BootstrapOptions,
     DifferenceRow,
@@ -259,6 +258,40 @@ def test_brier_scores_over_other_months_are_not_compared() -> None:
         assert np.isfinite(rows["uno_c_index"].difference)
 
 
+def test_seeds_over_other_months_have_no_mean() -> None:
+    labels = _labels(80)
+    said = _said(labels)
+    assert said.survival is not None
+    assert said.months is not None
+    fewer = replace(said, survival=said.survival[:, :-1], months=said.months[:-1])
+    reference = SurvivalReference.fit(labels["survival_months"], labels["event"])
+    one, two = (_need(survival_scorer(p, labels, reference)) for p in (said, fewer))
+    rows = _by_name(score_rows([one, two], FAST))
+    row = rows["integrated_brier"]
+    assert np.isnan([row.value, row.low, row.high]).all()
+    assert np.isfinite(row.seeds).all()
+    assert one.note("integrated_brier") in row.note
+    assert two.note("integrated_brier") in row.note
+    assert "over different months: no mean" in row.note
+    assert np.isfinite([rows["c_index"].value, rows["c_index"].low]).all()
+    assert np.isfinite(_by_name(score_rows([one, one], FAST))["integrated_brier"].value)
+
+
+def test_areas_at_other_times_are_said_to_be() -> None:
+    """Two runs weighed by other training cases: their mean AUC is over other times."""
+    labels = _labels(80)
+    said = _said(labels)
+    some = labels.iloc[:50]
+    fits = [SurvivalReference.fit(t["survival_months"], t["event"]) for t in (labels, some)]
+    assert list(fits[0].auc_times) != list(fits[1].auc_times)
+    one, two = (_need(survival_scorer(said, labels, fit)) for fit in fits)
+    when = [", ".join(f"{t:.1f}" for t in fit.auc_times) for fit in fits]
+    row = _by_name(difference_rows([one], [two], FAST))["mean_auc"]
+    assert row.note == (
+        f"first: over the areas at {when[0]} months; second: over the areas at {when[1]} months"
+    )
+
+
 def test_runs_that_lack_a_metric_are_compared_on_the_others() -> None:
     labels = _labels(80)
     said = _said(labels)
@@ -333,54 +366,3 @@ def test_strata_are_kept_within_sites() -> None:
         assert (counts[:, :20].sum(1) == 20).all()
         sizes = np.stack([counts[:, strata == k].sum(1) for k in np.unique(strata)])
         assert (sizes.std(1) == 0).all() == stratified
-
-
-def test_months_keep_all_digits(tmp_path: Any) -> None:
-    """A rounded month is another one: the Brier score would be taken over other times."""
-    months = np.array([12.0, 12.3456789, 12.34567891, 1e-5])
-    said = Predictions(("a",), risk=np.zeros(1), survival=np.full((1, 4), 0.5), months=months)
-    table = predictions_table(said)
-    assert "survival_12m" in table
-    table.to_csv(tmp_path / "p.csv", index=False)
-    again = read_predictions(tmp_path / "p.csv")
-    assert again.months is not None
-    assert again.months.tolist() == sorted(months)
-    table = pd.DataFrame({"case_id": ["a"], "risk": [1.0], "survival_12.0m": [0.5]})
-    table.to_csv(tmp_path / "q.csv", index=False)
-    again = read_predictions(tmp_path / "q.csv")
-    assert again.months is not None
-    assert again.months.tolist() == [12]
-    assert np.array_equal(again.survival, [[0.5]])
-
-
-def test_predictions_in_files(tmp_path: Any) -> None:
-    said = _said(_labels(6))
-    table = predictions_table(said)
-    table.to_csv(tmp_path / "p.csv", index=False)
-    table.assign(task="risk").to_parquet(tmp_path / "p.parquet")
-    for name in ("p.csv", "p.parquet"):
-        again = read_predictions(tmp_path / name)
-        assert again.case_ids == said.case_ids
-        for part in ("probabilities", "risk", "survival", "months"):
-            np.testing.assert_allclose(getattr(again, part), getattr(said, part))
-    (tmp_path / "x.csv").write_text("case_id,value\na,1\n")
-    with pytest.raises(CohortError, match="must have the column case_id and of class_<k>, risk"):
-        read_predictions(tmp_path / "x.csv")
-    pd.concat([table.assign(task=t) for t in "ab"]).to_csv(tmp_path / "t.csv")
-    with pytest.raises(CohortError, match="must hold rows of one task prompt, got a, b"):
-        read_predictions(tmp_path / "t.csv")
-    assert read_predictions(tmp_path / "t.csv", "b").case_ids == said.case_ids
-
-
-def test_predictions_that_contradict_themselves() -> None:
-    two = np.array([0, 1])
-    with pytest.raises(InputError, match="must name each case once"):
-        Predictions(("a", "a"), risk=np.zeros(2))
-    with pytest.raises(InputError, match="must come with labels"):
-        Predictions(("a",), two)
-    with pytest.raises(InputError, match=r"risk must have shape \[2\]"):
-        Predictions(("a", "b"), risk=np.zeros(3))
-    with pytest.raises(InputError, match="sum to 1"):
-        Predictions(("a",), two, np.array([[0.5, 0.6]]))
-    with pytest.raises(InputError, match="got 1 without, such as z"):
-        Predictions(("a",), risk=np.zeros(1)).take(["z"])

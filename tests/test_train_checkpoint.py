@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,23 @@ def test_a_changed_configuration_is_refused_by_name(
     last = config(cases, out, "output.keep_last=5")  # how much is kept is free
     run_training(last)
     assert load_run_config(out / "config.toml") == last
+
+
+def test_a_run_goes_on_with_cases_that_were_moved(
+    cases: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out = tmp_path / "study", tmp_path / "run"
+    shutil.copytree(cases.parent, study)
+    text = f"text.embeddings={str(cases.parent / 'text.safetensors')!r}"
+    with monkeypatch.context() as patch:
+        patch.chdir(study)
+        stop_after(3, patch)
+        with pytest.raises(TrainingStopped):
+            run_training(config(Path("cases"), out, text))
+    study.rename(tmp_path / "elsewhere")
+    run = run_training(config(tmp_path / "elsewhere" / "cases", out, text))
+    assert run.info["cases"][0]["path"] == str(tmp_path / "elsewhere" / "cases")
+    assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
 def test_a_run_killed_before_its_first_checkpoint_may_begin_anew_with_other_settings(
