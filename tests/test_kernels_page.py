@@ -29,19 +29,29 @@ def test_an_op_can_be_lifted_out_as_described(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(["bash", "-euc", shell], cwd=tmp_path, check=True, timeout=60)
     assert not [p for p in (tmp_path / "lifted").rglob("*.py") if "modaltune" in p.read_text()]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{python}\nimport sys\nassert 'modaltune' not in sys.modules\n"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    alone = "import sys\nassert 'modaltune' not in sys.modules\n"
+    # The call as on a GPU, of fewer rows.
+    on_gpu = python.replace(
+        "torch.tensor([0, 100, 300]))", "torch.tensor([0, 9, 30]), impl='triton')"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == (
-        "torch.Size([2, 2, 64]) torch.Size([300, 2]) torch.Size([300, 64])"
-    )
+    assert on_gpu != python
+    printed = []
+    for code, interpret in ((python, "0"), (on_gpu.replace("300, 64", "30, 64"), "1")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}\n{alone}"],
+            cwd=tmp_path,
+            env=environment | {"TRITON_INTERPRET": interpret},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.strip())
+    assert printed == [
+        "torch.Size([2, 2, 64]) torch.Size([300, 2]) torch.Size([300, 64])",
+        "torch.Size([2, 2, 64]) torch.Size([30, 2]) torch.Size([30, 64])",
+    ]
 
 
 def test_first_example_runs() -> None:

@@ -29,7 +29,7 @@ def alibi(x: Tensor) -> Tensor:
 
 def dilated(x: Tensor) -> Tensor:
     q, k, v = x.view(ROWS, 3, 2, 16).unbind(1)
-    branches = {"segment_lengths": (16, 64), "dilation_ratios": (1, 2)}
+    branches: dict[str, Any] = {"segment_lengths": (16, 64), "dilation_ratios": (1, 2)}
     return kernels.dilated_attention(q, k, v, **branches, impl="triton")
 
 
