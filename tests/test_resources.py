@@ -111,6 +111,16 @@ def test_check_fails_on_problems_and_regressions(
     assert f"{ROW.label}: 8 bytes spilled" in capsys.readouterr().out
 
 
+def test_an_op_without_kernels_is_refused(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a misspelt op, of which nothing is compiled, would pass the check."""
+    assert _check(monkeypatch, [], "--op", "tile_norm") == 0
+    with pytest.raises(SystemExit, match="2"):
+        _check(monkeypatch, [], "--op", "tile_norms")
+    assert "invalid choice: 'tile_norms'" in capsys.readouterr().err
+
+
 def test_stored_labels_are_those_of_shipped_kernels() -> None:
     stored = stored_table()
     kernels = {(row["op"], row["kernel"]) for row in stored.values()}
