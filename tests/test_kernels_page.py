@@ -13,6 +13,7 @@ import typer
 from modaltune import kernels
 from modaltune.cli import app
 from modaltune.kernels import __all__ as public
+from modaltune.kernels.resources import stored_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
@@ -79,3 +80,23 @@ def test_commands_take_the_options_named() -> None:
     assert len(named) >= 3
     for options in named:
         assert set(re.findall(r"--[a-z-]+", options.split("ncu")[0])) <= known
+
+
+def test_offline_figures_are_those_stored() -> None:
+    found = 0
+    for page in sorted((ROOT / "docs" / "kernels").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for op, count in re.findall(r"--op (\w+)`, (\d+)\s+compilations", text):
+            rows = stored_table([op]).values()
+            assert len(rows) == int(count), page.name
+            stored = {
+                (int(row["shared_bytes"] / 1024), row["registers"], row["capability"])
+                for row in rows
+                if row["kernel"].endswith("_fwd_kernel") and row["dtype"] == "bf16"
+            }
+            pattern = r"(\d+) KB (?:shared )?and (\d+) (?:registers )?on\s+sm_(\d+)"
+            written = {tuple(map(int, figures)) for figures in re.findall(pattern, text)}
+            assert len(written) == 4
+            assert written <= stored, page.name
+            found += 1
+    assert found == 2
