@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from modaltune.errors import InputError
+from modaltune.model import set_impl
+from modaltune.slide_encoders import frozen_layers
 from modaltune.slide_encoders.titan import TitanConfig, TitanEncoder, alibi_slopes
 
 # METHOD 5.3, written out; four heads by the ALiBi paper: 2^(-8/4 i).
@@ -300,6 +302,31 @@ def test_gradients_match_the_oracle(impl: str) -> None:
     got = torch.autograd.grad(encoder.pool(tokens)[0] @ target, [features, shift, *used])
     for mine, theirs in zip(got, want, strict=True):
         assert (mine - theirs).abs().max() <= 1e-10 * (1 + theirs.abs().max())
+
+
+def test_every_frozen_product_runs_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(on_collision="sum").requires_grad_(False)
+    set_impl(encoder, "reference")
+    asked: list[tuple[str, str]] = []
+
+    def watch(name: str) -> None:
+        run = getattr(frozen_layers, name)
+
+        def watched(*arguments: object, impl: str, **named: object) -> object:
+            asked.append((name, impl))
+            return run(*arguments, impl=impl, **named)
+
+        monkeypatch.setattr(frozen_layers, name, watched)
+
+    for name in ("frozen_linear", "frozen_qkv", "frozen_ffn"):
+        watch(name)
+    encoder.blocks(encoder.embed(*make_case(6, 19), torch.tensor([0, 19])), 0, 2)
+    # The embedding, and the three products of each of three blocks.
+    assert sorted(asked) == [
+        *[("frozen_ffn", "reference")] * 3,
+        *[("frozen_linear", "reference")] * 4,
+        *[("frozen_qkv", "reference")] * 3,
+    ]
 
 
 def test_slopes() -> None:
