@@ -391,6 +391,7 @@ def _valid() -> dict[str, object]:
         ({"offsets": torch.tensor([0, 4, 8])}, ValueError, "offsets must rise from 0 to the num"),
         ({"offsets": torch.tensor([0, 6, 4, 9])}, ValueError, "offsets must rise from 0 to the nu"),
         ({"offsets": torch.tensor([0.0, 9.0])}, ValueError, "offsets must be a 1-D integer tensor"),
+        ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, triton, cpu, reference, got"),
         ({"impl": "triton"}, RuntimeError, "dilated_attention: impl='triton'"),
     ],
