@@ -45,8 +45,7 @@ GOLDEN = ("a", "b_headpad", "c_single", "d_16heads", "e_quirk_misaligned")
 def qkv(
     rows: int, heads: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> dict[str, Tensor]:
-    names = "qkv"
-    return {n: normal(seed + i, rows, heads, dim, dtype=dtype) for i, n in enumerate(names)}
+    return {n: normal(seed + i, rows, heads, dim, dtype=dtype) for i, n in enumerate("qkv")}
 
 
 def literal(
