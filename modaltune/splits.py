@@ -187,7 +187,10 @@ def _divide(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame,
             lambda: train_test_split(table, test_size=share, stratify=strata, random_state=seed)
         )
         return rest, cut
-    rest, cut = next(iter(_folds(table, max(2, round(1 / share)), seed)))
+    # One of equal folds is the smaller part, whichever that is.
+    rest, cut = next(iter(_folds(table, max(2, round(1 / min(share, 1 - share))), seed)))
+    if share > 0.5:
+        rest, cut = cut, rest
     return table.iloc[rest], table.iloc[cut]
 
 

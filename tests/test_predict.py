@@ -169,7 +169,7 @@ def test_refusals(study: Any, new_cases: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
     with pytest.raises(InputError, match="must be given, got none"):
         predict_request(PredictRequest(run=run, out=out))
-    with pytest.raises(InputError, match="device must be one of the .* GPUs that torch sees"):
+    with pytest.raises(InputError, match=r"device must be one of the .* GPUs that torch sees"):
         predict_request(PredictRequest(run=run, out=out, features=features, device="cuda:99"))
     with pytest.raises(InputError, match="--cases must stand alone"):
         predict_request(PredictRequest(run=run, out=out, features=features, cases=study[0].path))
