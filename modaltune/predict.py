@@ -207,6 +207,12 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
         cohort = replace(cohort, expression=filled)
     embedded = _embed(run, cohort, console)
     ids = [case.case_id for case in embedded.cases]
+    skipped = sorted(set(cohort.case_ids) - set(ids))
+    if not ids:
+        raise CohortError(
+            f"cases must hold something that run {request.run} reads, got none of {len(skipped)} "
+            f"cases: {name_few(skipped)}; give what it was trained on (--features, --expression)"
+        )
     sites = None
     if cohort.clinical is not None:
         known = cohort.clinical.set_axis(cohort.clinical.index.map(str), axis=0)
@@ -217,7 +223,6 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
     else:
         fitted, table = speaker, predict_table(speaker, ids, values, sites=sites)
     write_predictions(request.out, table, run, embedded, fitted)
-    skipped = sorted(set(cohort.case_ids) - set(ids))
     if skipped:
         logger.warning(
             "%d cases hold nothing that the run reads: %s", len(skipped), name_few(skipped)
