@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from modaltune.cases_folder import CasesFolder, file_sha256
+from modaltune.cases_folder import CasesContent, CasesFolder, file_sha256, write_cases_folder
 from modaltune.checkpoint import WEIGHTS
 from modaltune.cli import app
 from modaltune.cohort_embeddings import read_embeddings
@@ -102,6 +102,23 @@ def test_what_is_printed(study: Study) -> None:
     assert "seed0 minus seed1: test cases, seeds 1 and 1" in said.stdout
     assert re.search(r"c index +│ [+-]0\.\d{3} +│", said.stdout)  # without resamples no interval
     assert "random, not pretrained" in said.stdout
+
+
+@pytest.mark.parametrize("what", ["no test cases", "no labels"])
+def test_nothing_to_score_on_test_cases_is_said(study: Study, tmp_path: Path, what: str) -> None:
+    own = study.other
+    split, clinical = own.split(), own.clinical.copy()
+    if what == "no labels":
+        clinical.loc[:, "primary_class"] = -1
+        clinical.loc[:, ["survival_months", "event"]] = np.nan
+    else:
+        split = Split((*split.train, *split.test), split.val, ())
+    content = CasesContent(clinical, own.expression, own.pathways, None, [split])
+    cases = write_cases_folder(tmp_path / "cases", content)
+    words = ["--bootstrap", "0", "--cases", str(cases.path), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, ["evaluate", str(study.runs[0]), *words])
+    assert said.exit_code == 0, said.output
+    assert "no test case has a class or a survival time" in said.stdout.replace("\n", " ")
 
 
 def test_embeddings_are_made_once(study: Study, tmp_path: Path) -> None:
