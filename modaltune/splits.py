@@ -240,7 +240,8 @@ def read_splits(path: str | Path) -> tuple[Split, ...]:
     with open_text(path, _KIND) as text:
         if ".json" in (suffix.lower() for suffix in path.suffixes):
             state = json.load(text)
-            if not isinstance(state, dict) or state.get("format") != SPLITS_FORMAT:
+            is_ours = isinstance(state, dict) and state.get("format") == SPLITS_FORMAT
+            if not is_ours or not isinstance(state.get("folds"), list):
                 raise CohortError(
                     f"{path} must be {_KIND}, got another JSON; the published layout is read as "
                     "three files, train, validation and test"

@@ -152,6 +152,7 @@ def test_files_that_break_a_rule_are_refused(tmp_path: Path, content: str, messa
     path.write_text(content)
     with pytest.raises(CohortError, match=message):
         read_splits(path)
-    (tmp_path / "split.json").write_text('{"data": []}')
-    with pytest.raises(CohortError, match="another JSON"):
-        read_splits(tmp_path / "split.json")
+    for other in ('{"data": []}', '{"format": "modaltune.splits"}'):
+        (tmp_path / "split.json").write_text(other)
+        with pytest.raises(CohortError, match="another JSON"):
+            read_splits(tmp_path / "split.json")
