@@ -90,19 +90,26 @@ def device_facts(device: str | torch.device = "cpu") -> DeviceFacts:
         device: `cpu`, `cuda` or `cuda:1`.
 
     Raises:
+        InputError: See `check_device`.
+    """
+    wanted = check_device(device)
+    return _cpu_facts() if wanted.type == "cpu" else _cuda_facts(wanted.index or 0)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device that is there: `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
         InputError: The device is neither, or it is a GPU that is not there.
     """
     wanted = cpu_or_cuda(device)
-    if wanted.type == "cpu":
-        return _cpu_facts()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = wanted.index or 0
-    if index >= count:
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise InputError(
             f"device must be one of the {count} GPUs that torch sees, got {device!r}; use cpu, or "
             "see what `modaltune doctor` says of CUDA"
         )
-    return _cuda_facts(index)
+    return wanted
 
 
 def _cuda_facts(index: int) -> DeviceFacts:

@@ -256,11 +256,10 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all; where that fails, every process measures."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as temporary:
-            json.dump(content, temporary, indent=1)
-        os.replace(temporary.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            whole = Path(folder, file.name)
+            whole.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            whole.replace(file)
     except OSError as error:
         logger.info("the measurement of products is not kept: %s", error)
 

@@ -244,8 +244,9 @@ def product(
         weight: `[M, K]`.
         bias: `[M]` or None; for a part of the weight its own.
         gelu: Apply GELU (the exact form) to the result.
-        keep: The weight is frozen: keep its reordered copy as long as it lives. Leave it off for
-            weights that are trained or made for one call.
+        keep: Several products follow before the weight changes, as it is frozen or a call goes
+            through blocks of rows: keep its reordered copy as long as it lives. Leave it off for
+            a weight that is used once.
         part: Rows of the weight to multiply by. Give the whole weight and a part, not a view of
             it: the kept copy lives as long as the tensor object it was made for.
 

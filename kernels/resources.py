@@ -97,11 +97,15 @@ class Resources:
     problems: list[str] = field(default_factory=list)
 
 
+def ops_with_kernels() -> list[str]:
+    """Return the folders that have Triton kernels."""
+    return sorted(path.parent.name for path in ROOT.glob("*/triton_kernels.py"))
+
+
 def all_specs(ops: Sequence[str] = ()) -> list[CompileSpec]:
     """Return the specs of every op that has Triton kernels (or of some)."""
     found: list[CompileSpec] = []
-    for path in sorted(ROOT.glob("*/triton_kernels.py")):
-        op = path.parent.name
+    for op in ops_with_kernels():
         if ops and op not in ops:
             continue
         module = importlib.import_module(f"modaltune.kernels.{op}.triton_kernels")
@@ -323,7 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 on a problem or regression")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--store", action="store_true", help="make this the stored table")
-    parser.add_argument("--op", action="append", default=[], help="only this op's folder")
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=ops_with_kernels(),
+        default=[],
+        help="only this op's folder",
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")

@@ -24,6 +24,7 @@ from modaltune.baselines.heads import CoxHead, HazardHead
 from modaltune.batch import CaseBatch
 from modaltune.checkpoint import LEARNER, WEIGHTS, load_run, read_description
 from modaltune.config import ModalTuneConfig, PositionConvention
+from modaltune.engine.device import check_device
 from modaltune.errors import CheckpointError
 from modaltune.evaluation import DIRECT, EMBEDDING
 from modaltune.learner_config import AnyBaseline, LinearProbeSection
@@ -146,9 +147,10 @@ def open_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
         device: Where the model goes.
 
     Raises:
+        InputError: The device is not there.
         CheckpointError: The folder is no complete run, or is damaged.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), check_device(device)
     described = read_description(folder)
     if LEARNER not in described:
         return load_run(folder, device=device)

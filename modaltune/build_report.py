@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from modaltune.cases_folder import CasesFolder
+
 _EXAMPLES = 3
 # In this order on screen; JSON sorts its keys.
 _PARTS = ("train", "val", "test", "all parts", "in no part")
@@ -140,6 +142,14 @@ def count_parts(
             "classes": {str(k): int(n) for k, n in classes.sort_index().items()},
         }
     return counts
+
+
+def folder_parts(cases: CasesFolder) -> list[dict[str, dict[str, Any]]]:
+    """Return `count_parts` of every fold of a cases folder."""
+    genes = set() if cases.expression is None else set(cases.expression.index)
+    slides = set(cases.slides["case_id"])
+    folds = map(cases.split, range(cases.num_folds))
+    return [count_parts(split, cases.clinical, genes, slides) for split in folds]
 
 
 def part_rows(parts: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from modaltune.batch import CaseBatch
 from modaltune.config import ModalTuneConfig, PositionConvention
 from modaltune.engine.atomic import atomic_path, write_json_atomic
+from modaltune.engine.device import check_device
 from modaltune.errors import CheckpointError
 from modaltune.modal_stream import TASK
 from modaltune.modalities import Modality
@@ -148,10 +149,10 @@ def load_run(
             (`modaltune.config.SETTINGS`).
 
     Raises:
-        InputError: A setting does not exist or shapes the weights.
+        InputError: A setting does not exist or shapes the weights, or the device is not there.
         CheckpointError: The folder is no complete run, is damaged, or needs other modules.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), check_device(device)
     described = read_description(folder)
     if LEARNER in described:
         raise CheckpointError(

@@ -178,7 +178,12 @@ def read_labels(path: str | Path) -> Classes:
                 f"{path} must have the columns case_id and label (or primary_class), got "
                 f"{name_few(header)}; rename them"
             )
-        for row in csv.DictReader(text, header, delimiter=delimiter):
+        for line, row in enumerate(csv.DictReader(text, header, delimiter=delimiter), start=2):
+            if any(map(str.strip, row.get(None) or ())):
+                raise CohortError(
+                    f"{path}, line {line} must have {len(header)} cells like the header, got "
+                    f"{len(header) + len(row[None])}; quote text that contains the delimiter"
+                )
             case, value = str(row["case_id"]).strip(), str(row[column] or "").strip()
             value = "" if is_missing(value) else value
             if found.setdefault(case, value) != value:

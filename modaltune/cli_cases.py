@@ -241,19 +241,21 @@ def show(folder: Folder, as_json: JsonFlag = False) -> None:
 
     The files are compared with their checksums first.
     """
-    from modaltune.build_report import render_parts
+    from modaltune.build_report import folder_parts, render_parts
     from modaltune.cases_folder import CasesFolder
 
     cases = CasesFolder.open(folder)
-    parts = cases.report["parts"]
+    # Counted anew: folders that Python wrote (planted ones) say neither counts nor sources.
+    parts = folder_parts(cases)
     if as_json:
-        print_json({"path": str(folder), "sha256": cases.sha256, **cases.description})
+        facts = {"counts": parts, **cases.description}
+        print_json({"path": str(folder), "sha256": cases.sha256, **facts})
         return
     render_parts(parts, out_console)
-    for group, names in cases.description["classes"]["names"].items():
+    for group, names in cases.description.get("classes", {}).get("names", {}).items():
         shown = ", ".join(f"{number} = {name}" for number, name in sorted(names.items()))
         out_console.print(f"classes {group}: {shown}", highlight=False, soft_wrap=True)
-    for source in cases.description["sources"]:
+    for source in cases.description.get("sources", ()):
         line = f"{source['role'].replace('_', ' ')}: {source['path']}"
         out_console.print(line, highlight=False, soft_wrap=True, markup=False)
     out_console.print(f"content {cases.sha256[:16]}", highlight=False)

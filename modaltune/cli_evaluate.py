@@ -134,6 +134,8 @@ def _render(result: EvaluateResult) -> None:
 
     for table in headline_tables(result.headline):
         out_console.print(table)
+    if result.headline.empty:
+        out_console.print("no test case has a class or a survival time and an embedding: no scores")
     if not result.comparison.empty:
         shown = result.comparison
         shown = shown[(shown["split"] == "test") & shown["metric"].isin(HEADLINES)]

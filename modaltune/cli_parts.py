@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
@@ -31,6 +32,8 @@ TrustedRevision = Annotated[
     typer.Option(help="40-hex revision whose model code may run.", metavar="REVISION"),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
+# What the system says of a path that the user gave and it won't have; all else is a fault of ours.
+_REFUSED_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -44,14 +47,26 @@ def reports_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except InputError as error:
-            message = escape(str(error))
-            err_console.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+            _say_error(str(error))
+            raise typer.Exit(FAILED) from error
+        except OSError as error:
+            if error.errno not in _REFUSED_PATH or error.filename is None:
+                raise
+            _say_error(
+                f"{error.filename} must be a path that can be used as asked, got: "
+                f"{error.strerror}; choose another, or change its permissions"
+            )
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt:
             err_console.print("interrupted; finished work is kept, run the same command to go on")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _say_error(message: str) -> None:
+    text = f"[bold red]error:[/] {escape(message)}"
+    err_console.print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -171,6 +171,8 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 
 def headline_tables(headline: pd.DataFrame) -> Iterator[Table]:
     """Return the main metrics as a table per run and scope: a row per metric, a column per task."""
+    if headline.empty:  # without rows it has no columns to group by, either
+        return
     for (run, scope), rows in headline.groupby(["run", "scope"], sort=False):
         turned = rows.drop(columns=["run", "scope"]).set_index("task").T
         kept = turned[(turned != "").any(axis=1)]

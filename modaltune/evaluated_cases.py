@@ -117,8 +117,24 @@ def find_cases(run_folder: Path, run: TrainedRun, cases: Sequence[Path]) -> tupl
             f"--cases must be given, since run {run_folder} does not say which cases it was "
             "trained on, got none; build a cases folder with: modaltune cases build"
         )
-    paths = cases or [source["path"] for source in recorded or ()]
-    return tuple(CasesFolder.open(path) for path in paths)
+    return open_cases(run, cases or [source["path"] for source in recorded or ()])
+
+
+def open_cases(run: TrainedRun, paths: Sequence[str | Path]) -> tuple[CasesFolder, ...]:
+    """Open cases folders; features of the run's own are looked for where training found them.
+
+    Raises:
+        CohortError: A folder is gone or changed.
+    """
+    folders = tuple(CasesFolder.open(path) for path in paths)
+    moved = run.info.get("run_config", {}).get("cases", {}).get("features")
+    if moved is None:
+        return folders
+    own = {source["sha256"] for source in run.info.get("cases") or ()}
+    return tuple(
+        replace(folder, features_root=Path(moved)) if folder.sha256 in own else folder
+        for folder in folders
+    )
 
 
 def is_own_cases(run: TrainedRun, folders: Sequence[CasesFolder]) -> bool:
@@ -261,6 +277,7 @@ def _prepared(
         cohort = replace(cohort, expression=expression)
     if options.genes_scaled_by == "cases":
         own = [case for case in pooled.split.train if case in expression.index]
+        ready.genes.check_genes(list(expression.columns))
         genes = GeneScaler.fit(
             expression.loc[own, list(ready.genes.genes)],
             ready.genes.clip_quantiles,

@@ -166,16 +166,17 @@ def match_genes(
         pathways: Gene names of the pathways.
         aliases: Or None for exact names only.
     """
-    here = set(expression)
-    open_pathway = sorted(set(pathways) - here)
+    here, shared = set(expression), set(expression) & set(pathways)
+    open_pathway = sorted(set(pathways) - shared)
     if aliases is None:
         return GeneMatch({}, (), tuple(open_pathway), None)
     wanted = _by_symbol(open_pathway, aliases)
-    offered = _by_symbol(here - set(pathways), aliases)
+    offered = _by_symbol(here - shared, aliases)
+    taken = _by_symbol(shared, aliases)
     renamed, ambiguous = {}, [g for g in open_pathway if g.upper() in aliases.ambiguous]
     for symbol, genes in wanted.items():
         found = offered.get(symbol, [])
-        if len(genes) == 1 and len(found) == 1:
+        if len(genes) == 1 and len(found) == 1 and symbol not in taken:
             renamed[found[0]] = genes[0]
         elif found:
             ambiguous += genes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -102,19 +102,11 @@ class GeneScaler:
         Raises:
             CohortError: A gene is missing or repeated, or a value is a gap against the policy.
         """
-        check_choice("missing_genes", missing_genes, get_args(MissingGenes))
         names = list(map(str, table.columns))
+        self.check_genes(names, missing_genes)
         present = set(names)
-        missing = [gene for gene in self.genes if gene not in present]
-        twice = [gene for gene in repeated(names) if gene in set(self.genes)]
-        if twice or (missing and missing_genes == "error"):
-            raise CohortError(
-                f"table must hold the {len(self.genes)} genes of the model once each, got "
-                f"{len(missing)} missing ({name_few(missing) or 'none'}), {len(twice)} repeated "
-                f"({name_few(twice) or 'none'}); missing_genes='mean' fills missing ones"
-            )
-        if missing:
-            logger.warning("%d genes missing, taken at their training mean", len(missing))
+        if missing := len(set(self.genes) - present):
+            logger.warning("%d genes missing, taken at their training mean", missing)
         known = [gene for gene in self.genes if gene in present]
         where = [k for k, gene in enumerate(self.genes) if gene in present]
         values = np.clip(
@@ -125,6 +117,23 @@ class GeneScaler:
         scaled = np.zeros((len(table), len(self.genes)), dtype=np.float32)
         scaled[:, where] = np.nan_to_num((values - self.mean[where]) / self.std[where])
         return pd.DataFrame(scaled, index=table.index, columns=pd.Index(self.genes))
+
+    def check_genes(self, names: Collection[str], missing_genes: MissingGenes = "error") -> None:
+        """Refuse a table whose columns lack a gene, unless it is to be filled, or repeat one.
+
+        Raises:
+            CohortError: Names genes that are missing or repeated.
+        """
+        check_choice("missing_genes", missing_genes, get_args(MissingGenes))
+        own, present = set(self.genes), set(names)
+        missing = [gene for gene in self.genes if gene not in present]
+        twice = [gene for gene in repeated(names) if gene in own]
+        if twice or (missing and missing_genes == "error"):
+            raise CohortError(
+                f"table must hold the {len(self.genes)} genes of the model once each, got "
+                f"{len(missing)} missing ({name_few(missing) or 'none'}), {len(twice)} repeated "
+                f"({name_few(twice) or 'none'}); missing_genes='mean' fills missing ones"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scaler as JSON values."""

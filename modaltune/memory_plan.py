@@ -272,6 +272,9 @@ def device_of(name: str) -> torch.device:
         raise InputError(f"device must be cpu or cuda, got {name}; give one of them") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device must be one of this machine, got {name} without a GPU; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise InputError(f"device must be one of the {gpus} GPUs, counted from 0, got {name}")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device must be cpu or cuda, got {name}; give one of them")
     return device

@@ -2,8 +2,9 @@
 
 A product of `[m, k]` and `[k, n]` counts 2 m k n; attention counts its two products. Counted is
 what the result needs: projections that meet tiles in folded form, dilated attention over the keys
-that exist (not over zero padding), each stage once per task only where it differs by task.
-Normalisations, activations and softmax (under 1 %) are not counted.
+that exist (not over zero padding), each stage once per task only where it differs by task. What
+tasks share of the first injector where no gradient is wanted (under 0.1 %) is counted for each all
+the same; normalisations, activations and softmax (under 1 %) are not counted.
 """
 
 from __future__ import annotations

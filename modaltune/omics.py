@@ -119,7 +119,8 @@ def _read_text(
     header, delimiter = read_header(text, path)
     layout = _guess_layout(header) if layout == "auto" else layout
     logger.info("%s: read in the %s layout", path.name, layout)
-    # Column numbers instead of names: pandas would rename repeated columns silently.
+    # Column numbers instead of names: pandas would rename repeated columns silently. All are read:
+    # of chosen ones (usecols) pandas shifts or cuts a row that has more cells than the header.
     if layout == "cbioportal":
         key = _key_column(header, path)
         columns = [k for k, name in enumerate(header) if name.endswith(_RNASEQ)]
@@ -134,7 +135,6 @@ def _read_text(
         sep=delimiter,
         header=None,
         names=list(map(str, range(len(header)))),
-        usecols=sorted([key, *columns]),
         skiprows=1,
         dtype={str(key): str},
         index_col=False,

@@ -236,6 +236,17 @@ def _check(config: PlantedConfig) -> None:
             f"max_tiles must be at least min_tiles ({config.min_tiles}), got {config.max_tiles}; "
             "swap them"
         )
+    if config.min_tiles < len(PATTERNS):
+        raise InputError(
+            f"min_tiles must be at least {len(PATTERNS)}, a tile of each pattern, got "
+            f"{config.min_tiles}; give every case more tiles"
+        )
+    others = (config.pathways - 1) * config.genes_per_pathway
+    if config.shared_genes > others:
+        raise InputError(
+            f"shared_genes must be at most the genes of the other pathways ({others}), got "
+            f"{config.shared_genes}; share fewer"
+        )
     if (needed := config.tissues + 2 * len(PATTERNS)) > config.tile_width:
         raise InputError(
             f"tile_width must be at least {needed}, a direction for each tissue, pattern and "

@@ -19,14 +19,13 @@ from rich.progress import Progress
 
 from modaltune.baseline_run import BaselineRun, open_run
 from modaltune.cases import Cohort, SlideReading
-from modaltune.cases_folder import CasesFolder
 from modaltune.cases_join import SlideTable, assign_slides, read_slide_table, slide_key
 from modaltune.checkpoint import WEIGHTS, file_sha256
 from modaltune.clinical import read_clinical
 from modaltune.cohort_embeddings import CohortEmbeddings, case_modalities, embed_cohort
 from modaltune.engine.feature_index import PT, index_features
 from modaltune.errors import CohortError, FeatureFileError, InputError
-from modaltune.evaluated_cases import MissingGenes, fill_missing_genes
+from modaltune.evaluated_cases import MissingGenes, fill_missing_genes, open_cases
 from modaltune.evaluation import DIRECT
 from modaltune.fitted_probes import POOLED, FittedProbes, site_names
 from modaltune.omics import read_expression
@@ -198,7 +197,7 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
         )
     run = open_run(request.run, device=request.device)
     speaker = _speaker(request, run)
-    cohort = _cohort(request)
+    cohort = _cohort(request, run)
     if (
         run.preprocessing.genes is not None
         and cohort.expression is not None
@@ -208,6 +207,12 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
         cohort = replace(cohort, expression=filled)
     embedded = _embed(run, cohort, console)
     ids = [case.case_id for case in embedded.cases]
+    skipped = sorted(set(cohort.case_ids) - set(ids))
+    if not ids:
+        raise CohortError(
+            f"cases must hold something that run {request.run} reads, got none of {len(skipped)} "
+            f"cases: {name_few(skipped)}; give what it was trained on (--features, --expression)"
+        )
     sites = None
     if cohort.clinical is not None:
         known = cohort.clinical.set_axis(cohort.clinical.index.map(str), axis=0)
@@ -218,7 +223,6 @@ def predict_request(request: PredictRequest, console: Console | None = None) -> 
     else:
         fitted, table = speaker, predict_table(speaker, ids, values, sites=sites)
     write_predictions(request.out, table, run, embedded, fitted)
-    skipped = sorted(set(cohort.case_ids) - set(ids))
     if skipped:
         logger.warning(
             "%d cases hold nothing that the run reads: %s", len(skipped), name_few(skipped)
@@ -256,7 +260,7 @@ def _embed(run: TrainedRun, cohort: Cohort, console: Console | None) -> CohortEm
         )
 
 
-def _cohort(request: PredictRequest) -> Cohort:
+def _cohort(request: PredictRequest, run: TrainedRun) -> Cohort:
     """Put the new cases together, from a cases folder or from files, joined by case id."""
     given = (request.features, request.expression, request.clinical, request.slides)
     if request.cases is not None:
@@ -264,7 +268,7 @@ def _cohort(request: PredictRequest) -> Cohort:
             raise InputError(
                 "--cases must stand alone, got other inputs beside it; a cases folder holds them"
             )
-        return CasesFolder.open(request.cases).cohort
+        return open_cases(run, [request.cases])[0].cohort
     if not (request.features or request.expression or request.clinical):
         raise InputError(
             "--features, --expression, --clinical or --cases must be given, got none; say which "

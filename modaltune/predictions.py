@@ -203,8 +203,13 @@ def read_predictions(path: str | Path, task: str | None = None) -> Predictions:
     """
     path = Path(path)
     with naming_damage(path, "a readable table of predictions (CSV or Parquet)"):
-        is_parquet = path.suffix in (".parquet", ".pq")
-        table = pd.read_parquet(path) if is_parquet else pd.read_csv(path, dtype={"case_id": str})
+        if path.suffix not in (".parquet", ".pq"):
+            table = pd.read_csv(path, dtype={"case_id": str})
+        else:
+            try:
+                table = pd.read_parquet(path)
+            except ValueError as error:  # what pyarrow raises on foreign files
+                raise OSError(str(error)) from error
     if "task" in table:
         prompts = [str(name) for name in table["task"].unique()]
         if task is None and len(prompts) > 1:
@@ -225,10 +230,23 @@ def read_predictions(path: str | Path, task: str | None = None) -> Predictions:
     parts: dict[str, Any] = {}
     if classes:
         parts["labels"] = np.array(classes)
-        parts["probabilities"] = table[[f"class_{k}" for k in classes]].to_numpy(np.float64)
+        parts["probabilities"] = _numbers(table, [f"class_{k}" for k in classes], path)
     if "risk" in table:
-        parts["risk"] = table["risk"].to_numpy(np.float64)
+        parts["risk"] = _numbers(table, ["risk"], path)[:, 0]
     if curve:
         parts["months"] = np.array([month for month, _ in curve])
-        parts["survival"] = table[[name for _, name in curve]].to_numpy(np.float64)
+        parts["survival"] = _numbers(table, [name for _, name in curve], path)
     return Predictions(tuple(table["case_id"].astype(str)), **parts)
+
+
+def _numbers(table: pd.DataFrame, columns: Sequence[str], path: Path) -> Floats:
+    """Return columns `[n, k]` as float64, empty cells as NaN."""
+    for name in columns:
+        given = table[name]
+        bad = given[pd.to_numeric(given, errors="coerce").isna() & given.notna()]
+        if len(bad):
+            raise CohortError(
+                f"{path} must hold numbers or empty cells in class_<k>, risk and "
+                f"survival_<months>m, got {bad.iloc[0]!r} in {name}; correct it"
+            )
+    return table[list(columns)].astype(np.float64).to_numpy()

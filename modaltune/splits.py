@@ -187,7 +187,10 @@ def _divide(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame,
             lambda: train_test_split(table, test_size=share, stratify=strata, random_state=seed)
         )
         return rest, cut
-    rest, cut = next(iter(_folds(table, max(2, round(1 / share)), seed)))
+    # One of equal folds is the smaller part, whichever that is.
+    rest, cut = next(iter(_folds(table, max(2, round(1 / min(share, 1 - share))), seed)))
+    if share > 0.5:
+        rest, cut = cut, rest
     return table.iloc[rest], table.iloc[cut]
 
 
@@ -237,7 +240,8 @@ def read_splits(path: str | Path) -> tuple[Split, ...]:
     with open_text(path, _KIND) as text:
         if ".json" in (suffix.lower() for suffix in path.suffixes):
             state = json.load(text)
-            if not isinstance(state, dict) or state.get("format") != SPLITS_FORMAT:
+            is_ours = isinstance(state, dict) and state.get("format") == SPLITS_FORMAT
+            if not is_ours or not isinstance(state.get("folds"), list):
                 raise CohortError(
                     f"{path} must be {_KIND}, got another JSON; the published layout is read as "
                     "three files, train, validation and test"

@@ -187,7 +187,8 @@ def read_checkpoint(path: Path) -> Saved:
             raise ValueError(f"{tensors.name} with another checksum than stated")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"checkpoint {path} must be whole, got {error}; an earlier one is used instead"
+            f"checkpoint {path} must be whole, got {error}; restore the file, or train anew into "
+            "another output.folder"
         ) from error
     return Saved(path, body, load_file(tensors))
 
@@ -198,7 +199,9 @@ def newest_checkpoint(folder: Path) -> Saved | None:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s", error)
+            logger.warning(
+                "checkpoint %s is passed over for an earlier one: %s", path, error.__cause__
+            )
     return None
 
 

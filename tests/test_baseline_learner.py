@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -231,6 +232,16 @@ def test_balanced_weights_are_inverse_frequencies() -> None:
     predicted = learner.predict(planted()[0])
     assert predicted.risk is None
     assert predicted.times is None
+
+
+def test_one_class_alone_makes_no_class_head() -> None:
+    batch, targets = planted()
+    for only in (0, 1, -1):
+        told = replace(targets, classes=torch.full_like(targets.classes, only))
+        learner = SupervisedLearner.for_training(make("abmil"), told, balanced=True)
+        assert learner.predict(batch).probabilities is None
+        with pytest.raises(InputError, match=r"class head .* or a survival head, got"):
+            SupervisedLearner.for_training(make("abmil"), told, survival=None)
 
 
 def test_a_model_without_any_head_is_refused() -> None:

@@ -90,6 +90,11 @@ def test_tables_of_labels_or_numbers(tmp_path: Path) -> None:
     [
         ("case_id,subtype\na,x\n", CohortError, "must have the columns case_id and label"),
         ("case_id,label\na,x\na,y\n", CohortError, "got 'x' and 'y' for a"),
+        (
+            "case_id,label\na,carcinoma, ductal\nb,carcinoma, lobular\n",
+            CohortError,
+            "line 2 must have 2 cells like the header, got 3; quote text",
+        ),
         ("case_id,primary_class\na,IDC\n", InputError, "call the column label if it holds text"),
         ("case_id,primary_class\na,0.5\n", InputError, "must be a whole number"),
     ],

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from modaltune.build_report import folder_parts
 from modaltune.cases_folder import CasesFolder
 from modaltune.cases_request import CasesRequest
 from modaltune.cli import app
 from modaltune.errors import InputError
+from modaltune.planted import PlantedConfig, plant
+from modaltune.testing_cohort import small_cohort
 from modaltune.testing_raw_cohort import CASES, write_raw_cohort
 
 
@@ -52,6 +55,7 @@ def test_build_show_and_export(raw: Path, tmp_path: Path) -> None:
     described = json.loads(run("show", out, "--json").stdout)
     assert described["sha256"] == folder.sha256
     assert described["counts"][0]["all parts"]["cases"] == 47
+    assert folder_parts(folder) == folder.report["parts"]
     run("export-split", out, "--out", tmp_path / "split")
     records = json.loads((tmp_path / "split" / "test.json").read_text())["data"]
     assert {record["case_submitter_id"] for record in records} == set(folder.split().test)
@@ -65,6 +69,17 @@ def test_build_show_and_export(raw: Path, tmp_path: Path) -> None:
                 "--out", tmp_path / "again", "--json")  # fmt: skip
     report = json.loads(again.stdout)["report"]
     assert report["parts"][0]["test"]["cases"] <= len(folder.split().test)
+
+
+def test_a_folder_that_python_wrote_is_shown(tmp_path: Path) -> None:
+    config = PlantedConfig(num_train=12, num_test=5, min_tiles=20, max_tiles=30, tissues=2)
+    plant(config).write(tmp_path)
+    for folder in (tmp_path / "cases", small_cohort(tmp_path / "small", cases=20).path):
+        shown = run("show", folder).output
+        assert "all parts" in shown
+        assert CasesFolder.open(folder).sha256[:16] in shown
+        counts = json.loads(run("show", folder, "--json").stdout)["counts"]
+        assert counts[0]["all parts"]["cases"] == len(CasesFolder.open(folder).case_ids)
 
 
 def test_options_reach_the_build(raw: Path, tmp_path: Path) -> None:

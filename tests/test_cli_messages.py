@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 import modaltune
 from modaltune.cli import app
 from modaltune.engine.pyramid import write_pyramid
+from modaltune.testing_cohort import small_cohort
 
 
 def run(*words: object) -> Result:
@@ -44,6 +47,30 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "run the same command to go on" in said(result)
+
+
+@pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
+def test_a_path_that_the_system_refuses_is_named(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(kind, os.strerror(kind), str(tmp_path / "a[b]"))
+
+    monkeypatch.setattr("modaltune.embedding.embed_request", refused)
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "a[b] must be a path" in said(result)
+    assert os.strerror(kind) in said(result)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    cases = small_cohort(tmp_path / "cases", cases=20).path
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        result = run("cases", "export-split", cases, "--out", tmp_path / out)
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert "must be a path that can be used" in said(result)
 
 
 def test_names_that_look_like_markup(tmp_path: Path) -> None:

@@ -45,8 +45,7 @@ GOLDEN = ("a", "b_headpad", "c_single", "d_16heads", "e_quirk_misaligned")
 def qkv(
     rows: int, heads: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> dict[str, Tensor]:
-    names = "qkv"
-    return {n: normal(seed + i, rows, heads, dim, dtype=dtype) for i, n in enumerate(names)}
+    return {n: normal(seed + i, rows, heads, dim, dtype=dtype) for i, n in enumerate("qkv")}
 
 
 def literal(
@@ -391,6 +390,7 @@ def _valid() -> dict[str, object]:
         ({"offsets": torch.tensor([0, 4, 8])}, ValueError, "offsets must rise from 0 to the num"),
         ({"offsets": torch.tensor([0, 6, 4, 9])}, ValueError, "offsets must rise from 0 to the nu"),
         ({"offsets": torch.tensor([0.0, 9.0])}, ValueError, "offsets must be a 1-D integer tensor"),
+        ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, triton, cpu, reference, got"),
         ({"impl": "triton"}, RuntimeError, "dilated_attention: impl='triton'"),
     ],

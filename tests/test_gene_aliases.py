@@ -67,6 +67,9 @@ def test_two_candidates_on_either_side_are_left_alone(aliases: GeneAliases) -> N
     # A name that the pathways use themselves is not taken away from them.
     taken = match_genes(["MARCHF1"], ["MARCHF1", "MARCH1"], aliases)
     assert (taken.renamed, taken.unmatched) == ({}, ("MARCH1",))
+    # Nor is a second column of a gene that both name alike passed off as it under its old name.
+    second = match_genes(["MARCHF1", "RNF171"], ["MARCHF1", "MARCH1"], aliases)
+    assert (second.renamed, second.ambiguous) == ({}, ("MARCH1",))
 
 
 def test_the_order_of_names_does_not_matter(aliases: GeneAliases) -> None:

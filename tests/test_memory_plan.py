@@ -196,8 +196,13 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         plan_report.plan(**arguments)
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="one of the 2 GPUs, counted from 0, got cuda:2"):
+        device_of("cuda:2")
     with pytest.raises(InputError, match="device must be cpu or cuda, got meta"):
         device_of("meta")
     with pytest.raises(InputError, match="tiles must be at least 2 to count memory, got 1"):

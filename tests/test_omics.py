@@ -180,6 +180,8 @@ def test_cases_that_differ_follow_the_policy(
         ("case_id,G\n,1\n", "got 1 rows without"),
         ("case_id,G,cancer\na,1,IDC\n", r"column 'cancer' must hold numbers, got 'IDC' in row a"),
         ("G,H\na,1,2\nb,3,4\n", r"line 2 must have 2 cells like the header, got 3.*in R"),
+        ("case_id,G,H\na,1,2\nb,3,4\nc,5,6,7\n", r"Expected 3 fields in line 4, saw 4"),
+        ("case_id,n,G_rnaseq\na,1,2\nb,3,4\nc,5,x,6\n", r"Expected 3 fields in line 4, saw 4"),
         (
             "case_id,G,H,I\na,1,,3\nb,1,2,3\nc,NA,2,inf\n",
             r"NaN or infinity in 3 genes \(G, H, I\) of 2 cases \(a, c\); .*nan_policy='keep'",

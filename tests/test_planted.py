@@ -246,5 +246,9 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
         plant(SMALL.model_copy(update={"num_val": 14}))
     with pytest.raises(InputError, match="max_tiles must be at least min_tiles"):
         plant(SMALL.model_copy(update={"max_tiles": 10}))
+    with pytest.raises(InputError, match="shared_genes must be at most the genes of the other"):
+        plant(SMALL.model_copy(update={"shared_genes": 10_000}))
+    with pytest.raises(InputError, match="min_tiles must be at least 2, a tile of each pattern"):
+        plant(SMALL.model_copy(update={"min_tiles": 1}))
     with pytest.raises(InputError, match="tile_width must be at least 14"):
         plant(SMALL.model_copy(update={"tissues": 10, "tile_width": 13}))

@@ -169,6 +169,8 @@ def test_refusals(study: Any, new_cases: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
     with pytest.raises(InputError, match="must be given, got none"):
         predict_request(PredictRequest(run=run, out=out))
+    with pytest.raises(InputError, match=r"device must be one of the .* GPUs that torch sees"):
+        predict_request(PredictRequest(run=run, out=out, features=features, device="cuda:99"))
     with pytest.raises(InputError, match="--cases must stand alone"):
         predict_request(PredictRequest(run=run, out=out, features=features, cases=study[0].path))
     other = tmp_path / "other"
@@ -180,6 +182,9 @@ def test_refusals(study: Any, new_cases: Path, tmp_path: Path) -> None:
     changed = small_run(tmp_path / "seed1", study[0], seed=1)
     with pytest.raises(CheckpointError, match="got probes of other weights"):
         predict_request(PredictRequest(run=changed, out=out, features=features, probes=run))
+    (tmp_path / "ages.csv").write_text("case_id,age\nP1,50\n")
+    with pytest.raises(CohortError, match=r"cases must hold something .* got none of 1 cases: P1"):
+        predict_request(PredictRequest(run=run, out=out, clinical=tmp_path / "ages.csv"))
     short = pd.read_csv(new_cases / "genes.csv").drop(columns="G5")
     short.to_csv(tmp_path / "short.csv", index=False)
     with pytest.raises(CohortError, match=r"1 missing \(G5\)"):

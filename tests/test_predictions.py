@@ -48,6 +48,12 @@ def test_predictions_in_files(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("case_id,value\na,1\n")
     with pytest.raises(CohortError, match="must have the column case_id and of class_<k>, risk"):
         read_predictions(tmp_path / "x.csv")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CohortError, match=r"torn\.parquet must be a readable table of predictions"):
+        read_predictions(tmp_path / "torn.parquet")
+    (tmp_path / "w.csv").write_text("case_id,risk\na,0.5\nb,high\n")
+    with pytest.raises(CohortError, match=r"w\.csv must hold numbers .* got 'high' in risk"):
+        read_predictions(tmp_path / "w.csv")
     pd.concat([table.assign(task=t) for t in "ab"]).to_csv(tmp_path / "t.csv")
     with pytest.raises(CohortError, match="must hold rows of one task prompt, got a, b"):
         read_predictions(tmp_path / "t.csv")

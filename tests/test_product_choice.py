@@ -119,6 +119,15 @@ def test_a_folder_that_can_not_be_written_costs_nothing_else(
     assert product_choice().why == "measured"
 
 
+def test_a_file_that_can_not_be_replaced_leaves_nothing_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choosing, "measure_products", lambda: dict(RATES))
+    cache_file().mkdir(parents=True)
+    assert product_choice().why == "measured"
+    assert list(cache_file().parent.iterdir()) == [cache_file()]
+
+
 def test_the_environment_pins_and_a_call_overrides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODALTUNE_PRODUCTS", "numpy")
     assert product_choice().describe() == "numpy (environment)"

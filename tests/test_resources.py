@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 
 from modaltune.kernels import resources
 from modaltune.kernels.resources import (
+    STORED,
     Resources,
     all_specs,
     main,
     occupancy,
+    ops_with_kernels,
     regressions,
     store,
     stored_table,
@@ -111,11 +114,44 @@ def test_check_fails_on_problems_and_regressions(
     assert f"{ROW.label}: 8 bytes spilled" in capsys.readouterr().out
 
 
+def test_an_op_without_kernels_is_refused(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a misspelt op, of which nothing is compiled, would pass the check."""
+    assert _check(monkeypatch, [], "--op", "tile_norm") == 0
+    with pytest.raises(SystemExit, match="2"):
+        _check(monkeypatch, [], "--op", "tile_norms")
+    assert "invalid choice: 'tile_norms'" in capsys.readouterr().err
+
+
 def test_stored_labels_are_those_of_shipped_kernels() -> None:
     stored = stored_table()
     kernels = {(row["op"], row["kernel"]) for row in stored.values()}
     assert kernels <= {(spec.op, spec.kernel) for spec in all_specs()}
     assert all(row["spilled_bytes"] == 0 and not row["problems"] for row in stored.values())
+
+
+def test_every_shipped_configuration_is_compiled() -> None:
+    """For its GPU, or for another one that has the same."""
+    missing, specs = [], all_specs()
+    for op in ops_with_kernels():
+        shipped = json.loads((STORED.parent / f"{op}.json").read_text())
+        for name, configurations in shipped.items():
+            kernel = re.split(r"\W", name)[0]
+            of_kernel = [
+                ({**spec.constexprs, **spec.options}, spec.capability)
+                for spec in specs
+                if (spec.op, spec.kernel) == (op, kernel)
+                and (spec.dtype == "fp32" or "fp32" not in name)
+            ]
+            for capability, chosen in configurations.items():
+                alike = [int(other) for other, have in configurations.items() if have == chosen]
+                if not any(
+                    target in alike and all(known.get(k, v) == v for k, v in chosen.items())
+                    for known, target in of_kernel
+                ):
+                    missing.append(f"{op} {name} sm_{capability}")
+    assert missing == []
 
 
 _COMPILE = """

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from modaltune.cases_folder import CasesFolder, file_sha256
+from modaltune.cases_folder import CasesContent, CasesFolder, file_sha256, write_cases_folder
 from modaltune.checkpoint import WEIGHTS
 from modaltune.cli import app
 from modaltune.cohort_embeddings import read_embeddings
@@ -27,6 +27,8 @@ from modaltune.run_evaluation import EvaluateRequest, EvaluateResult, evaluate_r
 from modaltune.splits import Split
 from modaltune.testing_cohort import TASKS, small_cohort, small_run
 from modaltune.testing_embeddings import one_row
+from modaltune.testing_training import tiny_run_config, write_training_cases
+from modaltune.train_run import run_training
 
 POINTS = BootstrapOptions(resamples=0)
 
@@ -100,6 +102,23 @@ def test_what_is_printed(study: Study) -> None:
     assert "seed0 minus seed1: test cases, seeds 1 and 1" in said.stdout
     assert re.search(r"c index +│ [+-]0\.\d{3} +│", said.stdout)  # without resamples no interval
     assert "random, not pretrained" in said.stdout
+
+
+@pytest.mark.parametrize("what", ["no test cases", "no labels"])
+def test_nothing_to_score_on_test_cases_is_said(study: Study, tmp_path: Path, what: str) -> None:
+    own = study.other
+    split, clinical = own.split(), own.clinical.copy()
+    if what == "no labels":
+        clinical.loc[:, "primary_class"] = -1
+        clinical.loc[:, ["survival_months", "event"]] = np.nan
+    else:
+        split = Split((*split.train, *split.test), split.val, ())
+    content = CasesContent(clinical, own.expression, own.pathways, None, [split])
+    cases = write_cases_folder(tmp_path / "cases", content)
+    words = ["--bootstrap", "0", "--cases", str(cases.path), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, ["evaluate", str(study.runs[0]), *words])
+    assert said.exit_code == 0, said.output
+    assert "no test case has a class or a survival time" in said.stdout.replace("\n", " ")
 
 
 def test_embeddings_are_made_once(study: Study, tmp_path: Path) -> None:
@@ -278,12 +297,31 @@ def test_genes_that_the_other_table_lacks(study: Study, tmp_path: Path) -> None:
     described = json.loads((lacking / "cases.json").read_text())
     described["files"]["expression.parquet"] = file_sha256(lacking / "expression.parquet")
     (lacking / "cases.json").write_text(json.dumps(described))
-    with pytest.raises(CohortError, match=r"1 missing \(G4\)"):
-        embed_cases(study.runs[0], cases=(lacking,))
+    for scaled_by in ("run", "cases"):
+        with pytest.raises(CohortError, match=r"1 missing \(G4\)"):
+            embed_cases(study.runs[0], cases=(lacking,), options=InputOptions(scaled_by))
     filled = embed_cases(
         study.runs[0], cases=(lacking,), options=InputOptions(missing_genes="mean")
     )
     assert len(filled.cases.case_ids) > 60
+
+
+def test_features_that_were_moved_before_training_are_found(tmp_path: Path) -> None:
+    cases = write_training_cases(tmp_path / "cohort")
+    moved = (tmp_path / "cohort" / "features").rename(tmp_path / "moved")
+    sets = (f"cases.features={json.dumps(str(moved))}", "training.epochs=2")
+    run_training(tiny_run_config([cases], tmp_path / "run", *sets))
+    for given in ((), (cases,)):  # the run's own cases, named or not
+        embedded = embed_cases(tmp_path / "run", cases=given)
+        assert embedded.is_own
+        assert sum("slide" in used for used in embedded.modalities.values()) > 10
+
+
+def test_a_device_that_is_not_there_is_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"device must be cpu, cuda or cuda:N, got 'gpu'"):
+        _evaluate(study, device="gpu")
+    with pytest.raises(InputError, match=r"device must be one of the .* GPUs that torch sees"):
+        _evaluate(study, device="cuda:99")
 
 
 def test_refusals(study: Study, tmp_path: Path) -> None:

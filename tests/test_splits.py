@@ -74,6 +74,13 @@ def test_no_site_is_in_two_parts(folds: int) -> None:
     assert {source_site(c) for c in shared.train} & {source_site(c) for c in shared.test}
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_shares_are_kept_by_site_too(share: float) -> None:
+    table = clinic(400)
+    (split,) = make_splits(table, by_site=True, test_share=share, val_share=0)
+    assert len(split.test) / len(table) == pytest.approx(share, abs=0.08)
+
+
 def test_unclassified_cases_go_to_training_as_published() -> None:
     table = clinic()
     (split,) = make_splits(table, stratify="class", unclassified="train")
@@ -145,6 +152,7 @@ def test_files_that_break_a_rule_are_refused(tmp_path: Path, content: str, messa
     path.write_text(content)
     with pytest.raises(CohortError, match=message):
         read_splits(path)
-    (tmp_path / "split.json").write_text('{"data": []}')
-    with pytest.raises(CohortError, match="another JSON"):
-        read_splits(tmp_path / "split.json")
+    for other in ('{"data": []}', '{"format": "modaltune.splits"}'):
+        (tmp_path / "split.json").write_text(other)
+        with pytest.raises(CohortError, match="another JSON"):
+            read_splits(tmp_path / "split.json")

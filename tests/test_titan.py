@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from modaltune.errors import InputError
+from modaltune.kernels import frozen_linear
+from modaltune.model import set_impl
+from modaltune.slide_encoders import frozen_layers
 from modaltune.slide_encoders.titan import TitanConfig, TitanEncoder, alibi_slopes
 
 # METHOD 5.3, written out; four heads by the ALiBi paper: 2^(-8/4 i).
@@ -300,6 +304,20 @@ def test_gradients_match_the_oracle(impl: str) -> None:
     got = torch.autograd.grad(encoder.pool(tokens)[0] @ target, [features, shift, *used])
     for mine, theirs in zip(got, want, strict=True):
         assert (mine - theirs).abs().max() <= 1e-10 * (1 + theirs.abs().max())
+
+
+def test_every_frozen_map_runs_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(on_collision="sum").requires_grad_(False)
+    set_impl(encoder, "reference")
+    asked: list[str] = []
+
+    def watched(*arguments: Any, impl: str, **named: Any) -> Tensor:
+        asked.append(impl)
+        return frozen_linear(*arguments, impl=impl, **named)
+
+    monkeypatch.setattr(frozen_layers, "frozen_linear", watched)
+    encoder.blocks(encoder.embed(*make_case(6, 19), torch.tensor([0, 19])), 0, 2)
+    assert asked == ["reference"] * 4  # the embedding, and one behind the attention of each block
 
 
 def test_slopes() -> None:

@@ -58,7 +58,8 @@ def _fwd(
         require_triton(q)
         from modaltune.kernels.alibi_attn.triton_kernels import launch_alibi_attn_fwd
 
-        return launch_alibi_attn_fwd(q, k, v, grid, slopes, bounds, num_prefix, scale)
+        with torch.cuda.device_of(q):
+            return launch_alibi_attn_fwd(q, k, v, grid, slopes, bounds, num_prefix, scale)
     return cpu.alibi_attention_cpu_fwd(q, k, v, grid, slopes, bounds, num_prefix, scale)
 
 
@@ -97,7 +98,8 @@ def _bwd(
         require_triton(q)
         from modaltune.kernels.alibi_attn.triton_kernels import launch_alibi_attn_bwd
 
-        launch_alibi_attn_bwd(*arguments)
+        with torch.cuda.device_of(q):
+            launch_alibi_attn_bwd(*arguments)
     else:
         cpu.alibi_attention_cpu_bwd(*arguments)
     return grads

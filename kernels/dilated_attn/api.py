@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 
 import torch
@@ -89,7 +90,8 @@ def dilated_attention(
 
     Raises:
         TypeError: q is not floating point.
-        ValueError: Shapes, dtypes, devices, offsets or branches contradict each other.
+        ValueError: Shapes, dtypes, devices, offsets or branches contradict each other, or scale is
+            not finite.
         RuntimeError: The implementation asked for does not cover this input.
 
     Source: LongNet (Ding et al., 2023), with the zero padding of the published ModalTune.
@@ -119,8 +121,9 @@ def dilated_attention(
     )
     bounds = check_offsets(offsets, q.shape[0])
     branches = (tuple(segment_lengths), tuple(dilation_ratios))
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    require(math.isfinite(factor), f"scale must be finite, got {scale}")
     chosen = _choose(q, bounds, *branches, impl)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         return dilated_attention_reference(
             q,

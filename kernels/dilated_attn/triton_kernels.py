@@ -365,12 +365,13 @@ def _spec(kernel: str, capability: int, dtype: str, head_dim: int) -> CompileSpe
 def compile_specs(capability: int) -> list[CompileSpec]:
     """Return every configuration as shipped for a compute capability such as 90.
 
-    Each with the widest heads that it is for. Float16 compiles to what bfloat16 does. Float32, the
-    same configuration and no tensor cores everywhere, is compiled for the ends: the oldest
+    Each with the widest heads that it is for. Float16 compiles to what bfloat16 does. Float32 uses
+    no tensor cores; where its configuration is one for all, it is compiled for the ends: the oldest
     capability and the one with least shared memory.
     """
     cases = [(kernel, "bf16", width) for width in (48, 128) for kernel in _KERNELS]
+    cases.append(("dilated_attn_fwd_kernel", "fp32", 64))
     if capability in (80, 120):
         cases += [(kernel, "fp32", 128) for kernel in _KERNELS]
-        cases += [(f"dilated_attn_{name}_kernel", "fp32", 64) for name in ("fwd", "bwd_dq")]
+        cases.append(("dilated_attn_bwd_dq_kernel", "fp32", 64))
     return [_spec(kernel, capability, dtype, width) for kernel, dtype, width in cases]

@@ -50,7 +50,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_device(x)
     from modaltune.kernels.gated_pooling.triton_kernels import launch_gated_pool_fwd
 
-    return launch_gated_pool_fwd(*tensors)
+    with torch.cuda.device_of(x):
+        return launch_gated_pool_fwd(*tensors)
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
     _check_device(given[0])
     from modaltune.kernels.gated_pooling.triton_kernels import launch_gated_pool_bwd
 
-    return launch_gated_pool_bwd(*given)
+    with torch.cuda.device_of(given[0]):
+        return launch_gated_pool_bwd(*given)
 
 
 def _backward_fake(grad_pooled: Tensor, grad_scores: Tensor | None, *rest: Any) -> list[Tensor]:

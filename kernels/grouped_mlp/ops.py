@@ -88,7 +88,8 @@ def _forward(*arguments: Any) -> Tensor:
     _check_device(tensors[0])
     from modaltune.kernels.grouped_mlp.triton_kernels import launch_pathway_mlp_fwd
 
-    return launch_pathway_mlp_fwd(*given)
+    with torch.cuda.device_of(tensors[0]):
+        return launch_pathway_mlp_fwd(*given)
 
 
 def _forward_fake(expression: Tensor, _gene_index: Tensor, *rest: Any) -> Tensor:
@@ -105,7 +106,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
     _check_device(grad_out)
     from modaltune.kernels.grouped_mlp.triton_kernels import launch_pathway_mlp_bwd
 
-    return launch_pathway_mlp_bwd(*given)
+    with torch.cuda.device_of(grad_out):
+        return launch_pathway_mlp_bwd(*given)
 
 
 def _backward_fake(_grad_out: Tensor, *rest: Any) -> list[Tensor]:

@@ -504,7 +504,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     """Return what is compiled offline: the published shape, 65 keys."""
     specs = [_spec(kernel, capability, "bf16", variant) for kernel, variant in _PRODUCTS]
     if capability == _TIGHTEST:
-        specs.append(_spec(inject_fwd_fold_kernel, capability, "bf16", {}))
+        specs += [_spec(inject_fwd_fold_kernel, capability, t, {}) for t in ("bf16", "fp32")]
         specs.append(_spec(inject_bwd_weights_kernel, capability, "bf16", {"QUERY": True}))
         specs += [_spec(k, capability, "fp32", v) for k, v in _PRODUCTS]
     return specs

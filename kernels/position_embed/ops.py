@@ -37,7 +37,8 @@ def _forward(x: Tensor, cells: Tensor, cls_token: Tensor, offsets: Tensor, impl:
         )
     from modaltune.kernels.position_embed.triton_kernels import launch_position_embed_fwd
 
-    return launch_position_embed_fwd(x, cells, cls_token, bounds)
+    with torch.cuda.device_of(x):
+        return launch_position_embed_fwd(x, cells, cls_token, bounds)
 
 
 def _forward_fake(x: Tensor, _cells: Tensor, _cls: Tensor, offsets: Tensor, _impl: str) -> Tensor:

@@ -11,8 +11,8 @@ rest is turned to radians in two float32 parts, t + e, and
     sin = t + (e + a^3 S(a^2))    cos = 1 - (t^2 / 2 + e (t + e / 2) - a^4 C(a^2))    a = t + e
 
 with polynomials S and C; quarters swap and negate them. No library function and no float64 is
-needed; every value is within 8e-8 of the float64 one (a
-float32 step below 1 is 6e-8). Sums are float32.
+needed; every value is within 8e-8 of the float64 one (a float32 step below 1 is 6e-8). Sums are
+float32.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class SupervisedLearner:
         Args:
             baseline: Trained in place.
             targets: Of the training cases, all of them, and no others.
-            classes: Whether to have a class head, where there are two classes.
+            classes: Whether to have a class head, where cases of two classes are given.
             survival: Which survival head; None for none.
             bins: Bins of survival time.
             cases_per_batch: Cases that are pulled back together (per step, process and part of an
@@ -169,6 +169,8 @@ class SupervisedLearner:
                 cases_per_batch=cases_per_batch,
             )
         counts = targets.classes[targets.classes >= 0].bincount()
+        if int((counts > 0).sum()) < 2:  # nothing to tell apart, whatever number the class has
+            counts = counts[:0]
         weights = None
         if balanced and len(counts):
             weights = counts.sum() / (len(counts) * counts.clamp(min=1).to(torch.float32))

@@ -234,6 +234,7 @@ class TitanEncoder(SlideEncoder):
         super().__init__()
         config = config or TitanConfig()
         self.config = config
+        self.impl = "auto"
         self.in_features, self.width, self.depth = config.in_features, config.width, config.depth
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.patch_embed = nn.ModuleList([nn.Linear(config.in_features, config.width)])
@@ -310,7 +311,8 @@ class TitanEncoder(SlideEncoder):
             for case, (a, b) in enumerate(pairwise(offsets.tolist()))
         ]
         counts = [cells.shape[0] for _, cells in laid]
-        embedded = linear(self.patch_embed[0], torch.cat([f for f, _ in laid]), activation="gelu")
+        packed = torch.cat([features for features, _ in laid])
+        embedded = linear(self.patch_embed[0], packed, activation="gelu", impl=self.impl)
         cls_token = self.cls_token[0].to(embedded.dtype)
         rows = [part for own in embedded.split(counts) for part in (cls_token, own)]
         grid = [F.pad(cells, (0, 0, self.num_prefix, 0)) for _, cells in laid]
