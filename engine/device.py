@@ -90,9 +90,9 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}; give one") from error
     if wanted.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, got {device!r}")
+        raise InputError(f"device must be cpu or cuda, got {device!r}; give one of them")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise InputError(
