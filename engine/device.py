@@ -77,9 +77,9 @@ def cpu_or_cuda(device: str | torch.device) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}; give one") from error
     if wanted.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, got {device!r}")
+        raise InputError(f"device must be cpu or cuda, got {device!r}; give one of them")
     return wanted
 
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from modaltune.adapter import AdapterConfig
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
@@ -258,23 +256,3 @@ def measured_process_mib() -> dict[Mode, float]:
         raise InputError(f"a fresh Python must import modaltune, got: {last}; see modaltune doctor")
     forward, train = (float(line) for line in done.stdout.split()[-2:])
     return {"forward": forward, "train": train}
-
-
-def device_of(name: str) -> torch.device:
-    """Return a device that is here.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device must be cpu or cuda, got {name}; give one of them") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device must be one of this machine, got {name} without a GPU; use cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        raise InputError(f"device must be one of the {gpus} GPUs, counted from 0, got {name}")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, got {name}; give one of them")
-    return device

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modaltune.checkpoint import load_run
+from modaltune.engine.device import check_device
 from modaltune.errors import InputError
 from modaltune.memory_plan import (
     MODES,
@@ -18,7 +19,6 @@ from modaltune.memory_plan import (
     Mode,
     Planned,
     cheapest,
-    device_of,
 )
 from modaltune.published_size import published_size_model
 
@@ -117,7 +117,7 @@ def plan(
     Raises:
         InputError: A value breaks its rule, or the run can't be read.
     """
-    where = device_of(device)
+    where = check_device(device)
     if budget_gib is not None and not budget_gib > 0:
         raise InputError(f"budget must be positive, got {budget_gib} GiB; give another")
     model = published_size_model().to(where) if run is None else load_run(run, device=where).model

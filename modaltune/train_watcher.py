@@ -203,7 +203,8 @@ class RunWatcher(Watcher):
             self.choice.checkpoint = f"step-{steps:09d}"
         self._write(training, steps)
         self._mark = time.perf_counter()
-        if self.stop.requested and not (is_last or ends):
+        (is_stopped,) = self._agree(training, self.stop.requested)
+        if is_stopped and not (is_last or ends):
             self.close()
             raise TrainingStopped(steps)
         return ends

@@ -18,6 +18,7 @@ from modaltune.adapter import AdapterConfig
 from modaltune.benchmarks.memory_plan import BAR, compare, main
 from modaltune.cli import app
 from modaltune.config import ModalTuneConfig
+from modaltune.engine.device import check_device
 from modaltune.errors import InputError
 from modaltune.memory_plan import (
     MODES,
@@ -26,7 +27,6 @@ from modaltune.memory_plan import (
     Planned,
     Setting,
     cheapest,
-    device_of,
     settings,
 )
 from modaltune.memory_probe import Line, count_memory, count_parts
@@ -183,8 +183,8 @@ def test_more_tiles_need_more_in_a_straight_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tiles": 100, "device": "cuda"}, "got cuda without a GPU; use cpu"),
-        ({"tiles": 100, "device": "tpu7"}, "device must be cpu or cuda, got tpu7"),
+        ({"tiles": 100, "device": "cuda"}, "one of the 0 GPUs that torch sees, got 'cuda'; use cpu"),
+        ({"tiles": 100, "device": "tpu7"}, "device must be cpu, cuda or cuda:N, got 'tpu7'"),
         ({"tiles": 100, "budget_gib": 0.0}, "budget must be positive, got 0.0 GiB"),
         ({"tiles": 100, "run": Path("nowhere")}, "run nowhere must hold"),
     ],
@@ -197,14 +197,14 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device_of("cpu") == CPU
+    assert check_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_of("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(InputError, match="one of the 2 GPUs, counted from 0, got cuda:2"):
-        device_of("cuda:2")
-    with pytest.raises(InputError, match="device must be cpu or cuda, got meta"):
-        device_of("meta")
+    assert check_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="one of the 2 GPUs that torch sees, got 'cuda:2'"):
+        check_device("cuda:2")
+    with pytest.raises(InputError, match="device must be cpu or cuda, got 'meta'"):
+        check_device("meta")
     with pytest.raises(InputError, match="tiles must be at least 2 to count memory, got 1"):
         count_parts(small(), 1)
 

@@ -57,6 +57,44 @@ def test_two_processes_equal_two_accumulated_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
+# The signal reaches one process, and only when the checkpoint of the epoch is written.
+_LATE_SIGNAL = """
+import os, sys
+from pathlib import Path
+from modaltune.testing_training import tiny_run_config
+from modaltune.train_run import run_training
+from modaltune.train_signals import TrainingStopped
+from modaltune.train_watcher import RunWatcher
+
+folder, write = Path(sys.argv[1]), RunWatcher._write
+
+def late(self, training, steps):
+    write(self, training, steps)
+    if os.environ["RANK"] == "1" and training.epoch == 1:
+        self.stop.requested = True
+
+RunWatcher._write = late
+try:
+    run_training(tiny_run_config([folder / "cases"], folder / "run", "training.cases_per_step=4"))
+except TrainingStopped as stopped:
+    (folder / f"stopped-{os.environ['RANK']}").write_text(str(stopped.steps))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_at_the_end_of_an_epoch_stops_both(tmp_path: Path) -> None:
+    write_training_cases(tmp_path, parts=(9, 4, 0))
+    script = tmp_path / "late.py"
+    script.write_text(_LATE_SIGNAL)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+    saved = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.state["epoch"] == 1
+
+
 def test_half_precision_needs_what_can_train_in_it(tmp_path: Path) -> None:
     cases = write_training_cases(tmp_path, parts=(4, 2, 0))
     learner = ModalTuneLearner(prepare(tiny_run_config([cases], tmp_path / "run")).run.model)
