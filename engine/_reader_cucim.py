@@ -43,6 +43,8 @@ _MAGIC = {
 _TAIL_BYTES = 16
 _BATCH = 16
 _BATCH_PX = 2**24
+# A region this large (a thumbnail's; boxes of tiles are smaller) is decoded by two threads.
+_LARGE_PX, _LARGE_THREADS = 2**21, 2
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,19 @@ def require_cuda() -> None:
         ) from error
 
 
+def load_library() -> Any:
+    """Import cuCIM, which takes 10 ms or more the first time.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    with quiet_libraries("cucim"):
+        # Its first import prints driver noise where there is no GPU, and cuFile, where torch
+        # brought it, leaves a cufile.log in the working folder.
+        os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)
+        return importlib.import_module("cucim")
+
+
 class CucimBackend:
     """A slide held open by cuCIM, decoding on the CPU unless told otherwise."""
 
@@ -109,11 +124,8 @@ class CucimBackend:
     def __init__(
         self, path: Path, tags: TiffTags, vendor: str | None, device: DeviceName = "cpu"
     ) -> None:
+        cucim = load_library()
         with quiet_libraries(path.name):
-            # Its first import prints driver noise where there is no GPU, and cuFile, where torch
-            # brought it, leaves a cufile.log in the working folder.
-            os.environ.setdefault("CUFILE_LOGFILE_PATH", os.devnull)
-            cucim: Any = importlib.import_module("cucim")
             try:
                 self._image: Any = cucim.CuImage(str(path))
             except (RuntimeError, ValueError) as error:
@@ -156,7 +168,9 @@ class CucimBackend:
     def _decode(self, location: tuple[int, int], size: tuple[int, int], level: int) -> Rgb:
         """Read a region into host memory; the array keeps cuCIM's buffer alive, without a copy."""
         if self._device == "cpu":
-            return np.asarray(self._image.read_region(location, size, level))
+            is_large = self._is_batched and size[0] * size[1] >= _LARGE_PX
+            threads = {"num_workers": _LARGE_THREADS} if is_large else {}
+            return np.asarray(self._image.read_region(location, size, level, **threads))
         region = self._image.read_region(location, size, level, device="cuda")
         cupy: Any = importlib.import_module("cupy")
         return np.asarray(cupy.asnumpy(cupy.asarray(region)), dtype=np.uint8)

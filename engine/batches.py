@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -38,19 +38,55 @@ class Part(Generic[Slide]):
         return slice(self.start, self.start + len(self.indices))
 
 
+class Loan:
+    """Tiles in somebody else's memory, which goes back once nobody uses them any more.
+
+    Its maker is the first user, batches are others.
+
+    Args:
+        give_back: Called when the last user has ended, by that user's thread.
+    """
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back, self._users, self._lock = give_back, 1, threading.Lock()
+
+    def use(self) -> Loan:
+        """Take note of one more user; return this."""
+        with self._lock:
+            self._users += 1
+        return self
+
+    def end(self) -> None:
+        """Take note that a user has ended."""
+        with self._lock:
+            self._users -= 1
+            is_over = not self._users
+        if is_over:
+            self._give_back()
+
+
 @dataclass
 class Batch(Generic[Slide]):
     """Up to as many tiles as there is room for.
 
     Attributes:
-        memory: uint8 [most, side, side, 3].
+        memory: uint8 [most, side, side, 3], its own.
         count: Tiles that are there.
         parts: Whose they are, in the order of their rows.
+        lent: As many tiles as there is room for, in memory of a loan; None where they are copied.
+        loan: The loan.
     """
 
     memory: Rgb
     count: int = 0
     parts: list[Part[Slide]] = field(default_factory=list)
+    lent: Rgb | None = None
+    loan: Loan | None = None
+
+    @property
+    def tiles(self) -> Rgb:
+        """Where the tiles lie, uint8 [most, side, side, 3]."""
+        return self.memory if self.lent is None else self.lent
 
     @property
     def room(self) -> int:
@@ -69,9 +105,10 @@ class Batch(Generic[Slide]):
 
         The same tile then gives the same bits whatever else was in the batch.
         """
-        end = min(-(-self.count // multiple) * multiple, len(self.memory))
-        self.memory[self.count : end] = self.memory[self.count - 1]
-        return self.memory[:end]
+        end = min(-(-self.count // multiple) * multiple, len(self.tiles))
+        if self.count < end:
+            self.tiles[self.count : end] = self.tiles[self.count - 1]
+        return self.tiles[:end]
 
 
 class BatchBuilder(Generic[Slide]):
@@ -101,14 +138,29 @@ class BatchBuilder(Generic[Slide]):
         """Whether no full batch is in use."""
         return self._free.qsize() + (self._current is not None) == self._batches
 
-    def add(self, slide: Slide, indices: Int64, tiles: Rgb) -> Iterator[Batch[Slide]]:
-        """Copy tiles in; yields the batches that are full now. Ends early once stopped."""
+    def add(
+        self, slide: Slide, indices: Int64, tiles: Rgb, loan: Loan | None = None
+    ) -> Iterator[Batch[Slide]]:
+        """Add tiles; yields the batches that are full now. Ends early once stopped.
+
+        Args:
+            slide: Whose they are.
+            indices: int64 [n], their places among the slide's tiles.
+            tiles: uint8 [n, side, side, 3].
+            loan: Lets whole batches use `tiles` itself; the others are copies, and all without one.
+        """
         start = 0
         while start < len(indices):
             if self._current is None:
                 memory = self._memory()
                 if memory is None:
                     return
+                end = start + len(memory)
+                if loan is not None and end <= len(indices):
+                    parts = [Part(slide, indices[start:end], 0)]
+                    yield Batch(memory, len(memory), parts, tiles[start:end], loan.use())
+                    start = end
+                    continue
                 self._current = Batch(memory)
             end = start + min(self._current.room, len(indices) - start)
             self._current.take(slide, indices[start:end], tiles[start:end])
@@ -124,6 +176,8 @@ class BatchBuilder(Generic[Slide]):
 
     def give_back(self, batch: Batch[Slide]) -> None:
         """Let a batch's memory be filled again; any thread may."""
+        if batch.loan is not None:
+            batch.loan.end()
         self._free.put(batch.memory)
 
     def _memory(self) -> Rgb | None:

@@ -20,17 +20,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from modaltune.engine.decode_dispatch import (
-    Broken,
-    Dispatcher,
-    DispatchOptions,
-    Event,
-    Found,
-    Over,
-    Progress,
-    Ready,
-)
+from modaltune.engine.decode_dispatch import Dispatcher, DispatchOptions
 from modaltune.engine.decode_jobs import Device, SlideRequest, Survey, TileOptions
+from modaltune.engine.decode_progress import Broken, Event, Found, Over, Progress, Ready
 from modaltune.engine.errors import InputError
 from modaltune.engine.shared_tiles import SharedTiles
 

@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from modaltune.engine._reader_cucim import load_library
 from modaltune.engine.decode_jobs import (
     Bool,
     DecodeJob,
@@ -194,10 +197,14 @@ def decode(job: DecodeJob, slides: _OpenSlides, shared: SharedTiles) -> Bool:
     return read_group(slide, job.coords, job.shape, out, half)
 
 
-def serve(connection: Connection, shared: SharedTiles, lines: _Lines) -> None:
-    """Answer jobs until the other end closes."""
+def serve(connection: Connection, shared: SharedTiles, ahead: list[int], lines: _Lines) -> None:
+    """Answer jobs until the other end closes; until there is one, prepare for it."""
     slides = _OpenSlides()
+    preparation: list[Callable[[], None]] = [partial(shared.populate, slab) for slab in ahead]
+    preparation.append(_load_cucim)
     while True:
+        while preparation and not connection.poll():
+            preparation.pop()()
         try:
             job: SurveyJob | DecodeJob = connection.recv()
         except EOFError:
@@ -218,6 +225,12 @@ def serve(connection: Connection, shared: SharedTiles, lines: _Lines) -> None:
         heard = said if isinstance(job, SurveyJob) else []
         connection.send(Reply(result, time.perf_counter() - start, heard))
         _drop_noise()
+
+
+def _load_cucim() -> None:
+    """Load the reader that most slides need; where it is not installed, others are used."""
+    with contextlib.suppress(ImportError):
+        load_library()
 
 
 def _drop_noise() -> None:
@@ -248,7 +261,8 @@ def main(argument: str) -> None:
 
     Args:
         argument: JSON of `parent` (process id), `socket`, `memory` (descriptors), `shape` (of the
-            shared memory), `device` and `warm_up` (rule of tissue to load at once, or null).
+            shared memory), `device`, `warm_up` (rule of tissue to load at once, or null) and
+            `ahead` (slabs to map while there is no job).
     """
     given = json.loads(argument)
     _settle(given["parent"], given["device"])
@@ -265,7 +279,7 @@ def main(argument: str) -> None:
         from modaltune.engine.tissue import tissue_mask
 
         tissue_mask(np.zeros((8, 8, 3), dtype=np.uint8), given["warm_up"])
-    serve(connection, shared, lines)
+    serve(connection, shared, given["ahead"], lines)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -21,14 +21,15 @@ from modaltune.engine.decode_jobs import (
     Device,
     Refusal,
     Reply,
-    SlideRequest,
     SlideSource,
     Survey,
     SurveyJob,
     TileOptions,
 )
+from modaltune.engine.decode_progress import Broken, Event, Found, Over, Progress, Ready
 from modaltune.engine.decode_read import ReadShape
 from modaltune.engine.decode_worker import Assigned, Worker
+from modaltune.engine.free_slabs import FreeSlabs
 from modaltune.engine.shared_tiles import SharedTiles
 
 Int64 = npt.NDArray[np.int64]
@@ -36,6 +37,8 @@ Bool = npt.NDArray[np.bool_]
 
 # Jobs in a worker's hands: it goes on with the second while the parent is busy elsewhere.
 _DEPTH = 2
+# The last groups of all are halved down to this many tiles.
+_LEAST_TILES = 16
 _POLL_S = 0.1
 _START_TIMEOUT_S = 120.0
 _MOST_FAILED_STARTS = 3
@@ -61,68 +64,6 @@ class DispatchOptions:
     is_warmed_up: bool = False
 
 
-@dataclass(eq=False)
-class Progress:
-    """One slide on its way.
-
-    Attributes:
-        request: What was asked for.
-        generation: The caller's mark, to tell slides that it has dropped.
-        survey: What was found, None before.
-        groups: Groups not yet handed out.
-        in_hand: Jobs in workers' hands.
-        delivered: Tiles delivered, bad ones too.
-        bad: Bad tiles among them.
-        is_over: Done, failed or dropped: nothing more is delivered.
-        seconds: Seconds that workers spent per stage.
-    """
-
-    request: SlideRequest
-    generation: int = 0
-    survey: Survey | None = None
-    groups: deque[Int64] = field(default_factory=deque)
-    in_hand: int = 0
-    delivered: int = 0
-    bad: int = 0
-    is_over: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Event: a survey is done."""
-
-    slide: Progress
-    survey: Survey
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Event: a slab holds the tiles of one group."""
-
-    slide: Progress
-    indices: Int64
-    is_bad: Bool
-    slab: int
-
-
-@dataclass(frozen=True)
-class Over:
-    """Event: a slide is done, or failed with a reason."""
-
-    slide: Progress
-    reason: str = ""
-    is_disk_full: bool = False
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Event: no worker can be started."""
-
-    reason: str
-
-
-Event = Found | Ready | Over | Broken
 Work = tuple[Progress, Int64 | None]
 
 
@@ -139,8 +80,7 @@ class Dispatcher(threading.Thread):
         self._calls: deque[Callable[[], None]] = deque()
         self._wake_lock = threading.Lock()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # The last slab returned is used first: memory that was never needed is never touched.
-        self._free = list(range(shared.array.shape[0]))[::-1]
+        self._free = FreeSlabs(shared.array.shape[0])
         self._requests: deque[Progress] = deque()
         self._slides: list[Progress] = []
         self._workers: list[Worker[Work]] = []
@@ -169,7 +109,7 @@ class Dispatcher(threading.Thread):
 
     def free(self, slab: int) -> None:
         """Take a slab back; runs in this thread."""
-        self._free.append(slab)
+        self._free.give(slab)
 
     def stop(self) -> None:
         """End all workers and this thread; runs in this thread."""
@@ -200,7 +140,11 @@ class Dispatcher(threading.Thread):
         options = self._options
         # The first one is given the first survey.
         warm_up = options.tiles.tissue if options.is_warmed_up and not self._workers else None
-        self._workers.append(Worker(self._shared, options.device, warm_up))
+        # Its share: those in its hands, and as many of the consumer's as came from it.
+        slabs = self._free.unclaimed(self._shared.array.shape[0] // options.most_workers)
+        worker: Worker[Work] = Worker(self._shared, options.device, warm_up, slabs)
+        self._free.claim(slabs, worker.pid)
+        self._workers.append(worker)
         self._last_start = time.monotonic()
         self._note_pids()
 
@@ -245,7 +189,7 @@ class Dispatcher(threading.Thread):
         elif isinstance(assigned.job, DecodeJob) and indices is not None:
             slide.seconds["decode"] = slide.seconds.get("decode", 0.0) + reply.seconds
             if slide.is_over or isinstance(result, Refusal):
-                self._free.append(assigned.job.slab)
+                self._free.give(assigned.job.slab)
             else:
                 self._deliver(slide, indices, result, assigned.job.slab)
         if isinstance(result, Refusal):
@@ -260,7 +204,7 @@ class Dispatcher(threading.Thread):
         # One bad tile never fails a slide, unless none is allowed.
         allowed = max(1.0, self._options.bad_share * total) if self._options.bad_share else 0.0
         if slide.bad > allowed:
-            self._free.append(slab)
+            self._free.give(slab)
             self._fail(
                 slide,
                 f"bad tiles of {slide.request.path} must be at most "
@@ -300,7 +244,7 @@ class Dispatcher(threading.Thread):
             slide, indices = assigned.owner
             slide.in_hand -= 1
             if isinstance(assigned.job, DecodeJob):
-                self._free.append(assigned.job.slab)
+                self._free.give(assigned.job.slab)
             if place == 0 and worker.is_ready:
                 path = slide.request.path
                 self._fail(slide, f"the decoder of {path} {reason.format(how=how)}")
@@ -348,19 +292,19 @@ class Dispatcher(threading.Thread):
                 if depth and self._is_ending():
                     return
                 if all(isinstance(given.job, DecodeJob) for given in worker.jobs):
-                    assigned = self._next_job(may_survey=depth == 0)
+                    assigned = self._next_job(worker, may_survey=depth == 0)
                     if assigned is None:
                         return
                     worker.give(assigned)
 
     def _is_ending(self) -> bool:
-        """Whether fewer groups are left than workers: each goes to whoever is free first."""
+        """Whether no more groups are left than workers: each goes to whoever is free first."""
         if self._requests or any(slide.survey is None for slide in self._slides):
             return False
         ready = sum(worker.is_ready for worker in self._workers)
-        return sum(len(slide.groups) for slide in self._slides) < ready
+        return sum(len(slide.groups) for slide in self._slides) <= ready
 
-    def _next_job(self, may_survey: bool) -> Assigned[Work] | None:
+    def _next_job(self, worker: Worker[Work], may_survey: bool) -> Assigned[Work] | None:
         """Choose between the next slide's survey and the first slide's next group."""
         ahead = sum(1 for slide in self._slides if slide.survey is None or slide.groups)
         # A slide in reserve comes first: its survey takes longer than a group, and no worker should
@@ -370,7 +314,7 @@ class Dispatcher(threading.Thread):
         if self._free:
             for slide in self._slides:
                 if slide.groups and slide.survey is not None:
-                    return self._decode_job(slide, slide.survey)
+                    return self._decode_job(slide, slide.survey, worker)
         if may_survey and self._requests and ahead < self._options.lookahead:
             return self._survey_job()
         return None
@@ -385,14 +329,19 @@ class Dispatcher(threading.Thread):
         job = SurveyJob(source, options.tiles, request.overlay, request.grid, most)
         return Assigned(job, (slide, None), options.survey_timeout_s)
 
-    def _decode_job(self, slide: Progress, survey: Survey) -> Assigned[Work]:
+    def _decode_job(self, slide: Progress, survey: Survey, worker: Worker[Work]) -> Assigned[Work]:
+        is_ending = self._is_ending()
         indices, grid, request = slide.groups.popleft(), survey.grid, slide.request
+        if is_ending and len(indices) >= 2 * _LEAST_TILES:  # so that all workers end together
+            half = len(indices) // 2
+            slide.groups.append(indices[half:])
+            indices = indices[:half]
         slide.in_hand += 1
         job = DecodeJob(
             SlideSource(request.path, request.base_mpp, survey.reader, survey.device, survey.stamp),
             grid.coords[indices],
             ReadShape(grid.level, grid.read_px, grid.tile_px),
-            self._free.pop(),
+            self._free.take(worker.pid),
             self._options.is_half_scale,
         )
         return Assigned(job, (slide, indices), self._options.decode_timeout_s)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,9 +49,16 @@ class Worker(Generic[T]):
         shared: Memory for its pixels.
         device: Where it decodes.
         warm_up: Rule of tissue whose loops it loads at once; None loads them when they are needed.
+        ahead: Slabs that it maps as long as it has no job.
     """
 
-    def __init__(self, shared: SharedTiles, device: str, warm_up: str | None = None) -> None:
+    def __init__(
+        self,
+        shared: SharedTiles,
+        device: str,
+        warm_up: str | None = None,
+        ahead: Sequence[int] = (),
+    ) -> None:
         self.jobs: deque[Assigned[T]] = deque()
         self.is_ready = False
         self.has_surveyed = warm_up is not None  # so it has loaded what that takes
@@ -66,6 +74,7 @@ class Worker(Generic[T]):
             "shape": [slabs, tiles, tile_px],
             "device": device,
             "warm_up": warm_up,
+            "ahead": list(ahead),
         }
         try:
             self._process = subprocess.Popen(

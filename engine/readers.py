@@ -246,7 +246,10 @@ def _read_probe(backend: Backend) -> None:
     for level, (width, height) in enumerate(backend.level_sizes):
         size = min(_PROBE_PX, width), min(_PROBE_PX, height)
         right, bottom = width - size[0], height - size[1]
-        places = [(right // 2, bottom // 2), (0, 0), (right, 0), (0, bottom), (right, bottom)]
+        # From the edge of a file tile: a place in the middle of a level would touch four.
+        wide, tall = backend.tile_sizes[level] or (1, 1)
+        middle = right // 2 // wide * wide, bottom // 2 // tall * tall
+        places = [middle, (0, 0), (right, 0), (0, bottom), (right, bottom)]
         for x, y in places:
             try:
                 backend.read(x, y, size, level)

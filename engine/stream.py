@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from modaltune.engine.batches import Batch, BatchBuilder
+from modaltune.engine.batches import Batch, BatchBuilder, Loan
 from modaltune.engine.cohort import SlideItem
 from modaltune.engine.decode import (
     DecodeOptions,
@@ -273,15 +273,18 @@ class SlideStream(Iterator[EncodedSlide]):
             self._taken += 1
 
     def _add(self, block: TileBlock) -> None:
-        """Copy a block into batches, and give its memory back."""
+        """Put a block into batches; its memory goes back when they need it no more."""
         slide = self._open[block.key]
-        with block:
+        loan = Loan(block.release)
+        try:
             good = ~block.is_bad
             is_whole = bool(good.all())
             indices = block.indices if is_whole else block.indices[good]
             tiles = block.tiles if is_whole else block.tiles[good]
             slide.expect(block.indices[block.is_bad], len(indices))
-            self._submit(self._batches.add(slide, indices, tiles))
+            self._submit(self._batches.add(slide, indices, tiles, loan))
+        finally:
+            loan.end()
 
     def _submit(self, batches: Iterable[Batch[OpenSlide]]) -> None:
         for batch in batches:
@@ -316,7 +319,7 @@ class SlideStream(Iterator[EncodedSlide]):
             # Whose tiles are they that can't be encoded?
             for part in batch.parts:
                 try:
-                    alone = self._encoder.encode(batch.memory[part.rows]).numpy()
+                    alone = self._encoder.encode(batch.tiles[part.rows]).numpy()
                     part.slide.features[part.indices] = alone
                 except DeviceMemoryError:
                     raise

@@ -27,18 +27,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from modaltune.engine.errors import InputError, SlideError
+from modaltune.engine.mask_shares import box_shares
 from modaltune.engine.resample import resample_tile
 
 if TYPE_CHECKING:
     from modaltune.engine.readers import SlideReader
     from modaltune.engine.tissue import TissueMask
 
-Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
@@ -238,45 +237,6 @@ def plan_read(slide: SlideReader, *, tile_px: int, mpp: float) -> ReadPlan:
             slide.path.name, 100 * (level_mpp / mpp - 1), level_mpp, mpp,
         )  # fmt: skip
     return ReadPlan(level, max(1, int(np.rint(tile_px * mpp / level_mpp))))
-
-
-def box_shares(
-    mask: npt.NDArray[np.bool_], x0: Float64, x1: Float64, y0: Float64, y1: Float64
-) -> Float64:
-    """Share of each box of a grid that a mask covers, exact for boxes with fractional edges.
-
-    A mask pixel is a unit square of constant value, so the integral image, linear between its
-    corners along each axis, gives the covered area exactly.
-
-    Args:
-        mask: bool [h, w].
-        x0: float64 [columns], left edges in mask px, 0..w.
-        x1: float64 [columns], right edges, > x0.
-        y0: float64 [rows], top edges in mask px, 0..h.
-        y1: float64 [rows], bottom edges, > y0.
-
-    Returns:
-        float64 [rows, columns], 0..1.
-    """
-    pixels = np.ascontiguousarray(mask).view(np.uint8)
-    integral = cv2.integral(pixels).astype(np.int32, copy=False)  # [h + 1, w + 1]
-    strips = _between(integral, y0, y1)  # [rows, w + 1]
-    areas = _between(np.ascontiguousarray(strips.T), x0, x1).T  # [rows, columns]
-    shares = areas / np.outer(y1 - y0, x1 - x0)
-    return np.clip(shares, 0.0, 1.0)
-
-
-def _between(cumulative: Float64 | Int32, low: Float64, high: Float64) -> Float64:
-    """Difference of a cumulative sum [n + 1, m] at fractional rows high and low: [len(low), m]."""
-
-    def at(edges: Float64) -> Float64:
-        last = len(cumulative) - 1
-        edges = np.clip(edges, 0.0, float(last))
-        below = np.minimum(edges.astype(np.int64), last - 1)
-        weight = (edges - below)[:, None]
-        return cumulative[below] * (1.0 - weight) + cumulative[below + 1] * weight
-
-    return at(high) - at(low)
 
 
 def _footprint_shares(

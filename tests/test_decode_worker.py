@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from modaltune.engine.decode_jobs import SlideSource, SurveyJob, TileOptions
@@ -41,3 +43,17 @@ def test_a_picture_that_a_killed_worker_was_drawing_goes_with_it(tmp_path: Path)
     assert [(stem, int(token[:8], 16)) for stem, token in left] == [
         ("other", worker.pid), ("s", worker.pid + 1)
     ]  # fmt: skip
+
+
+def test_a_worker_maps_its_slabs_while_it_waits() -> None:
+    slab_bytes = 4 * 64 * 64 * 3
+    shared = SharedTiles((3, 4, 64))
+    worker: Worker[None] = Worker(shared, "cpu", ahead=[2])
+    assert worker.receive() is None
+    deadline = time.monotonic() + 60
+    while os.fstat(shared.descriptor).st_blocks * 512 < slab_bytes:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    assert os.lseek(shared.descriptor, 0, os.SEEK_DATA) == 2 * slab_bytes
+    assert worker.end(10.0) == "exit code 0"
+    shared.close()

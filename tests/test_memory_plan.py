@@ -183,7 +183,10 @@ def test_more_tiles_need_more_in_a_straight_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tiles": 100, "device": "cuda"}, "one of the 0 GPUs that torch sees, got 'cuda'; use cpu"),
+        (
+            {"tiles": 100, "device": "cuda"},
+            "one of the 0 GPUs that torch sees, got 'cuda'; use cpu",
+        ),
         ({"tiles": 100, "device": "tpu7"}, "device must be cpu, cuda or cuda:N, got 'tpu7'"),
         ({"tiles": 100, "budget_gib": 0.0}, "budget must be positive, got 0.0 GiB"),
         ({"tiles": 100, "run": Path("nowhere")}, "run nowhere must hold"),

@@ -182,6 +182,30 @@ def test_full_memory_halves_the_batch(
         encoder.encode(tiles)
 
 
+SUBNORMAL = """
+import sys
+import numpy as np
+from modaltune.engine.encoders.onnx_runtime import OnnxEncoder, OnnxLayout
+sys.path.insert(0, sys.argv[1])
+from test_onnx_runtime import tiny_vit
+
+def half():
+    return float(np.float32(1e-38) * np.float32(0.5)) > 0
+
+encoder = OnnxEncoder(tiny_vit(), layout=OnnxLayout(int(sys.argv[2]), 1))
+encoder.encode(np.zeros((4, 40, 40, 3), np.uint8))
+print(half(), encoder._pool.submit(half).result())
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_callers_arithmetic_stays_as_it_is(workers: int) -> None:
+    """Numbers next to zero are zero in the threads of the runtime alone."""
+    words = [sys.executable, "-c", SUBNORMAL, str(Path(__file__).parent), str(workers)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 def test_other_failures_are_not_swallowed(
     eager: TorchEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modaltune import engine
 from modaltune.embedding import EmbedRequest, embed_request
-from modaltune.engine.cohort import items_from_paths
+from modaltune.engine.cohort import SlideItem, items_from_paths
 from modaltune.engine.decode import DecodeOptions, SlideRequest, TileDecoder, TileOptions
 from modaltune.engine.encoders import load_encoder
 from modaltune.engine.encoders.registry import get_spec
@@ -111,6 +111,19 @@ def test_every_slide_gets_its_own_features(slides: list[Path]) -> None:
     assert sum(len(slide.features) for slide in found.values()) == 157
     # Every pass has the encoder's size: 157 tiles and at most one batch's filling per flush.
     assert set(encoder.batches) == {4}
+
+
+def test_batches_lie_in_the_blocks_they_come_from(slides: list[Path]) -> None:
+    """Batches smaller than blocks are encoded without a copy, and blocks used again after them."""
+    options = StreamOptions(OPTIONS.decode, batch_tiles=8)
+    many = [SlideItem(path, f"{path.stem}-{turn}", "") for turn in range(6) for path in slides]
+    paths = {item.slide_id: item.path for item in many}
+    with engine.embed(many, encoder=CornerEncoder(), options=options) as stream:
+        for slide in stream:
+            np.testing.assert_array_equal(
+                slide.features, expected(paths.pop(slide.key), slide.coords)
+            )
+    assert not paths
 
 
 def test_bits_do_not_depend_on_the_company(slides: list[Path]) -> None:

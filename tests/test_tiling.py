@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modaltune.engine.errors import InputError, SlideError
-from modaltune.engine.tiling import box_shares, plan_read, tile_slide
+from modaltune.engine.tiling import plan_read, tile_slide
 from modaltune.engine.tissue import TissueMask
 from modaltune.testing_slides import Sizes, all_tissue
 
@@ -142,27 +142,6 @@ def test_too_coarse_a_slide_is_an_error() -> None:
     )
     with pytest.raises(SlideError, match=expected):
         tile_slide(slide, all_tissue(slide.dimensions), mpp=0.25)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**20), height=st.integers(1, 17), width=st.integers(1, 17))
-def test_shares_equal_area_brute_force(seed: int, height: int, width: int) -> None:
-    """Sum over mask pixels of the overlap area with the box, exact, pixel by pixel."""
-    rng = np.random.default_rng(seed)
-    mask = rng.random((height, width)) < 0.5
-    x = np.sort(rng.uniform(0, width, (5, 2)), axis=1)
-    y = np.sort(rng.uniform(0, height, (4, 2)), axis=1)
-    x[0], y[0] = (0, width), (0, height)
-    shares = box_shares(mask, x[:, 0], x[:, 1], y[:, 0], y[:, 1])
-    for i, (top, bottom) in enumerate(y):
-        for j, (left, right) in enumerate(x):
-            area = sum(
-                max(0.0, min(right, c + 1) - max(left, c))
-                * max(0.0, min(bottom, r + 1) - max(top, r))
-                for r, c in zip(*np.nonzero(mask), strict=True)
-            )
-            expected = area / ((right - left) * (bottom - top))
-            assert shares[i, j] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("base", [0.5, 0.2527])

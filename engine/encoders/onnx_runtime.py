@@ -109,7 +109,11 @@ class OnnxEncoder(TileEncoder):
         self._eager = eager
         self._sessions: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        # Threads of our own also for one worker: there numbers next to zero count as zero, whatever
+        # was loaded before, and the caller's arithmetic stays as it is.
+        self._pool = ThreadPoolExecutor(
+            self.layout.workers, "modaltune-onnx", torch.set_flush_denormal, (True,)
+        )
         side = eager.spec.tile_px if tile_px is None else tile_px
         self._session((side, side) if isinstance(side, int) else side)
 
@@ -129,27 +133,19 @@ class OnnxEncoder(TileEncoder):
         pixels: NDArray[np.uint8] = tiles.cpu().contiguous().numpy()
         session = self._session((pixels.shape[1], pixels.shape[2]))
         pieces = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        if self.layout.workers == 1:
-            return _joined([_run_session(session, piece) for piece in pieces])
         # All pieces at once: a worker never waits for the end of a batch.
-        jobs = [self._workers().submit(_run_session, session, piece) for piece in pieces]
+        jobs = [self._pool.submit(_run_session, session, piece) for piece in pieces]
         try:
             return _joined([job.result() for job in jobs])
         finally:
             for job in jobs:
                 job.cancel()
 
-    def _workers(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.layout.workers, "modaltune-onnx")
-            return self._pool
-
     def _session(self, size: tuple[int, int]) -> Any:
         with self._lock:
             found = self._sessions.pop(size, None)
             if found is None:
-                found = open_session(self._eager, size, self.layout)
+                found = open_session(self._eager, size, self.layout, self._pool)
                 while len(self._sessions) >= _MAX_SESSIONS:
                     self._sessions.pop(next(iter(self._sessions)))
             self._sessions[size] = found  # last used, last
@@ -189,11 +185,15 @@ def graph_name(encoder: TorchEncoder | DeferredEncoder, size: tuple[int, int]) -
 
 
 def open_session(
-    encoder: TorchEncoder | DeferredEncoder, size: tuple[int, int], layout: OnnxLayout
+    encoder: TorchEncoder | DeferredEncoder,
+    size: tuple[int, int],
+    layout: OnnxLayout,
+    workers: ThreadPoolExecutor,
 ) -> Any:
     """Open the session of an encoder for tiles of one size, exporting the graph if need be.
 
-    A cached file that ONNX Runtime can't read is made again.
+    A cached file that ONNX Runtime can't read is made again. The session's own threads are started
+    by one of the workers and compute as that one does.
 
     Raises:
         InputError: The network can't be exported.
@@ -211,12 +211,12 @@ def open_session(
 
         build_once(path, export)
         try:
-            return _open(path, layout)
+            return workers.submit(_open, path, layout).result()
         except (state.InvalidProtobuf, state.InvalidGraph, state.Fail, state.NoSuchFile) as error:
             logger.warning("%s can't be read (%s); it is made again", path, error)
             path.unlink(missing_ok=True)
             build_once(path, export)
-            return _open(path, layout)
+            return workers.submit(_open, path, layout).result()
 
 
 def _open(path: Path, layout: OnnxLayout) -> Any:
@@ -231,5 +231,6 @@ def _open(path: Path, layout: OnnxLayout) -> Any:
     options.log_severity_level = 3  # its warnings are notes about the graph
     # Threads that wait in a loop take the cores from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The first session of a process sets this in the thread that opens it: a worker.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
