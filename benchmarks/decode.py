@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,7 +52,7 @@ from modaltune.engine.tiling import TileGrid, read_tiles
 CSV_NAME = "decode.csv"
 WORKERS = 2
 RIVALS = ("cucim", "hs2p-groups", "hs2p-single", "openslide", "tiffslide", "fastslide")
-OURS, HALF = "modaltune", "modaltune half-scale"
+OURS, HALF, ON_GPU = "modaltune", "modaltune half-scale", "modaltune on a GPU"
 # Tiles compared with a rival's.
 _COMPARED = 16
 
@@ -179,8 +180,27 @@ def rival_difference(rival: Rival, job: dict[str, Any], path: Path, grid: TileGr
     return difference(ours, theirs)
 
 
-def measure(case: Case, path: Path, rivals: list[Rival], rounds: int) -> list[dict[str, Any]]:
+def our_options(case: Case, *, on_gpu: bool) -> dict[str, DecodeOptions]:
+    """Return our ways to decode a case, the default first."""
+    found = {OURS: DecodeOptions(TileOptions(), WORKERS)}
+    if case.codec == "jpeg" and case.read_px == 2 * TILE_PX:
+        found[HALF] = replace(found[OURS], half_scale_jpeg=True)
+    if on_gpu and case.codec == "jpeg":  # the one that cuCIM decodes there
+        found[ON_GPU] = replace(found[OURS], device="cuda")
+    return found
+
+
+def measure(
+    case: Case, path: Path, rivals: list[Rival], rounds: int, *, on_gpu: bool = False
+) -> list[dict[str, Any]]:
     """Check, then time everything on one case, in turns; one row per reader.
+
+    Args:
+        case: What is read.
+        path: Its slide.
+        rivals: Readers that take part.
+        rounds: Timed turns of each.
+        on_gpu: Whether our decoder takes part on a GPU, too.
 
     Raises:
         InputError: Our pixels are wrong.
@@ -190,15 +210,12 @@ def measure(case: Case, path: Path, rivals: list[Rival], rounds: int) -> list[di
         "path": str(path), "coords": grid.coords.tolist(), "read_px": case.read_px,
         "tile_px": TILE_PX, "base_mpp": case.base_mpp, "workers": WORKERS,
     }  # fmt: skip
-    halves = (False, True) if case.codec == "jpeg" and case.read_px == 2 * TILE_PX else (False,)
     differences: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         decoders = {
-            HALF if half else OURS: stack.enter_context(
-                TileDecoder(DecodeOptions(TileOptions(), WORKERS, half_scale_jpeg=half))
-            )
-            for half in halves
+            name: stack.enter_context(TileDecoder(options))
+            for name, options in our_options(case, on_gpu=on_gpu).items()
         }
         for name, decoder in decoders.items():
             differences[name] = our_difference(decoder, path, grid)
@@ -277,7 +294,12 @@ def open_rivals(stack: contextlib.ExitStack, pythons: Sequence[str]) -> list[Riv
 
 
 def run(
-    cases: tuple[Case, ...], source: Path, pythons: Sequence[str], rounds: int
+    cases: tuple[Case, ...],
+    source: Path,
+    pythons: Sequence[str],
+    rounds: int,
+    *,
+    on_gpu: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Time the cases one after the other; yields the rows of each.
 
@@ -290,7 +312,7 @@ def run(
     with contextlib.ExitStack() as stack:
         rivals = open_rivals(stack, pythons)
         for case in cases:
-            yield measure(case, paths[case], rivals, rounds)
+            yield measure(case, paths[case], rivals, rounds, on_gpu=on_gpu)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -305,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rivals", action="append", default=[], help="python of an environment with rivals"
     )
+    parser.add_argument("--gpu", action="store_true", help="decode JPEG on a GPU, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--results", type=Path, help=f"folder of {CSV_NAME}")
     parser.add_argument("--plot", type=Path, help="PNG to draw from the rows of this run")
@@ -314,7 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = results_folder(options.results)
         pythons = [*options.rivals, sys.executable]
-        for found in run(cases, options.slide or default_source(), pythons, options.rounds):
+        source = options.slide or default_source()
+        for found in run(cases, source, pythons, options.rounds, on_gpu=options.gpu):
             rows += found
             for row in found:
                 if folder is not None:

@@ -25,6 +25,7 @@ def decode(
         Path | None,
         typer.Option(help="Folder of decode.csv.", show_default="benchmarks/results if it exists"),
     ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Our decoder on a GPU, too (JPEG).")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -42,5 +43,6 @@ def decode(
         arguments += ["--rivals", python]
     for name, value in (("--results", results), ("--plot", plot)):
         arguments += [name, str(value)] if value else []
-    if main([*arguments, *(["--json"] if as_json else [])]):
+    arguments += [word for word, wanted in (("--gpu", gpu), ("--json", as_json)) if wanted]
+    if main(arguments):
         raise typer.Exit(FAILED)

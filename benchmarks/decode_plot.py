@@ -21,6 +21,7 @@ OURS = "modaltune"
 _NAMES = {
     OURS: "ModalTune, at the consumer's end",
     "modaltune half-scale": "ModalTune, half-scale JPEG (option)",
+    "modaltune on a GPU": "ModalTune, JPEG on a GPU (option)",
     "cucim": "cuCIM, raw batches",
     "hs2p": "hs2p, its faster way",
     "fastslide": "fastslide",
@@ -30,7 +31,7 @@ _NAMES = {
 _COLOURS = dict(
     zip(
         _NAMES,
-        (PALETTE[0], PALETTE[5], PALETTE[1], PALETTE[2], PALETTE[3], PALETTE[4], MUTED),
+        (PALETTE[0], PALETTE[5], PALETTE[6], PALETTE[1], PALETTE[2], PALETTE[3], PALETTE[4], MUTED),
         strict=True,
     )
 )

@@ -56,6 +56,8 @@ def steps(results: Path, golden: Path | None) -> list[Step]:
             words = [*bench, "model", "--tiles", str(tiles), "--mode", mode, *gpu]
             words += ["--precision", "bfloat16", *rows, "--json"]
             found.append(Step(f"model {mode} {tiles}", tuple(words)))
+    decoded = (*bench, "decode", "--gpu", "--case", "jpeg", *rows, "--json")
+    found.append(Step("decode", decoded))
     for runtime in ("torch", "torch-compile", "tensorrt"):
         streamed = (*bench, "stream", "--runtime", runtime, *gpu, *rows, "--json")
         found.append(Step(f"stream, {runtime}", streamed))

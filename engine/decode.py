@@ -23,7 +23,7 @@ import numpy.typing as npt
 from modaltune.engine.decode_dispatch import Dispatcher, DispatchOptions
 from modaltune.engine.decode_jobs import Device, SlideRequest, Survey, TileOptions
 from modaltune.engine.decode_progress import Broken, Event, Found, Over, Progress, Ready
-from modaltune.engine.errors import InputError
+from modaltune.engine.errors import DecodeError, InputError
 from modaltune.engine.shared_tiles import SharedTiles
 
 __all__ = [
@@ -51,10 +51,6 @@ _BLOCK_TILES, _BLOCK_PX = 64, 2**24
 _SLABS_PER_WORKER, _SLABS_OF_CONSUMER = 2, 2
 _CLOSE_S = 30.0
 _STUCK_S = 30.0
-
-
-class DecodeError(RuntimeError):
-    """The decoder itself can't work on: its processes don't start."""
 
 
 @dataclass(frozen=True)

@@ -54,3 +54,7 @@ class LeaseLostError(RuntimeError):
 
     Nothing is wrong with the slide: leave it to the other worker and go on with the next.
     """
+
+
+class DecodeError(RuntimeError):
+    """The decoder itself can't work on: its processes don't start."""

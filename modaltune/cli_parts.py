@@ -42,12 +42,15 @@ def reports_errors(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from modaltune.engine.errors import InputError
+        from modaltune.engine.errors import DecodeError, InputError
 
         try:
             return command(*args, **kwargs)
         except InputError as error:
             _say_error(str(error))
+            raise typer.Exit(FAILED) from error
+        except DecodeError as error:
+            _say_error(f"slides can't be decoded: {error}; see what `modaltune doctor` says")
             raise typer.Exit(FAILED) from error
         except OSError as error:
             if error.errno not in _REFUSED_PATH or error.filename is None:

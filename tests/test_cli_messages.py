@@ -64,6 +64,16 @@ def test_a_path_that_the_system_refuses_is_named(
     assert os.strerror(kind) in said(result)
 
 
+def test_decoders_that_cannot_start_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    result = run("embed", pink(tmp_path / "a.tiff"), "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "slides can't be decoded: decoder processes can't start: exit code 1" in said(result)
+    assert "Traceback" not in said(result)
+
+
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     cases = small_cohort(tmp_path / "cases", cases=20).path
     (tmp_path / "file").write_text("")

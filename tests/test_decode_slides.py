@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from modaltune.benchmarks import decode as bench
 from modaltune.benchmarks.decode_plot import plot_rows, speeds
@@ -89,6 +90,25 @@ def test_wrong_pixels_are_not_timed(
     monkeypatch.setattr(bench, "our_difference", lambda *_: 0.01)
     with pytest.raises(InputError, match="our tiles differ from read_tiles; not timed"):
         bench.measure(SMALL, paths[SMALL], [], 1)
+
+
+@pytest.mark.usefixtures("small_slides")
+def test_a_gpu_takes_part_where_it_decodes_and_where_there_is_one(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways = {case: bench.our_options(case, on_gpu=True) for case in CASES}
+    assert {case.codec for case, way in ways.items() if bench.ON_GPU in way} == {"jpeg"}
+    assert all(way[bench.OURS].device == "cpu" for way in ways.values())
+    assert ways[CASES[0]][bench.ON_GPU].device == "cuda"
+    assert bench.ON_GPU not in bench.our_options(CASES[0], on_gpu=False)
+    monkeypatch.setattr(bench, "CASES", (SMALL,))
+    words = [str(source), "--gpu", "--rounds", "1", "--results", str(tmp_path)]
+    if not torch.cuda.is_available():
+        assert bench.main(words) == 1
+        assert "GPU" in capsys.readouterr().err
 
 
 def test_a_missing_slide_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
