@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -104,7 +105,7 @@ def test_a_gpu_takes_part_where_it_decodes_and_where_there_is_one(
     assert all(way[bench.OURS].device == "cpu" for way in ways.values())
     assert ways[CASES[0]][bench.ON_GPU].device == "cuda"
     assert bench.ON_GPU not in bench.our_options(CASES[0], on_gpu=False)
-    monkeypatch.setattr(bench, "CASES", (SMALL,))
+    monkeypatch.setattr(bench, "CASES", (replace(SMALL, codec="jpeg"),))
     words = [str(source), "--gpu", "--rounds", "1", "--results", str(tmp_path)]
     if not torch.cuda.is_available():
         assert bench.main(words) == 1
