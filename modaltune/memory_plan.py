@@ -16,7 +16,7 @@ from modaltune.adapter import AdapterConfig
 from modaltune.config import ModalTuneConfig
 from modaltune.errors import InputError
 from modaltune.kernels.frozen_product.api import most_packed_bytes
-from modaltune.memory_probe import Parts, count_parts
+from modaltune.memory_probe import Parts, count_parts, count_plain
 from modaltune.modalities import GeneConfig
 from modaltune.model import ModalTune
 from modaltune.slide_encoders.longnet import LongNetConfig
@@ -134,6 +134,8 @@ class MemoryPlan:
         self.extractors = [len(block.extractors()) for block in interactions]
         self.is_gpu = model.modal_positions.is_cuda
         self.packs = self.tasks > 1 and model.is_packed(tiles, self.tasks)
+        # The rows of all tasks fill blocks that those of one may not.
+        self.packed = count_plain(model, self.tasks * tiles) if self.packs else {}
         if process_mib is None:
             process_mib = dict.fromkeys(MODES, 0.0) if self.is_gpu else measured_process_mib()
         self.process = {mode: mib * 2**20 for mode, mib in process_mib.items()}
@@ -180,16 +182,16 @@ class MemoryPlan:
 
     def _forward(self, passes: int) -> float:
         parts, own = self.parts, self.parts.tokens.at(self.tiles)
+        n, beside = self.tiles, 0.0
+        trunk = {name: getattr(parts, name).plain for name in ("injector", "layer", "extractor")}
         if passes > 1 and self.packs:
             # One pass over the rows of all tasks, beside the tiles' embedding that they share.
-            n, passes, beside = passes * self.tiles, 1, own
-        else:
-            n, beside = self.tiles, 0.0
+            n, passes, beside, trunk = passes * self.tiles, 1, own, self.packed
         row = parts.tokens.at(n)
         between = max(
-            parts.injector.plain.at(n),
-            (1 + (max(self.ranges) > 1)) * row + parts.layer.plain.at(n),
-            row + parts.extractor.plain.at(n),
+            trunk["injector"].at(n),
+            (1 + (max(self.ranges) > 1)) * row + trunk["layer"].at(n),
+            row + trunk["extractor"].at(n),
         )
         held = row + (self.interactions > 1) * row  # embedded tiles, input of the interaction
         held += (passes > 1) * passes * row  # every task's rows behind the first injector

@@ -25,6 +25,7 @@ from modaltune.slide_encoders.protocol import SlideTokens
 # at once (2,048). The second size is where the slope is taken.
 PROBE_ROWS = (2560, 3584)
 WARM_ROWS = 128
+Run = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def count_parts(model: ModalTune, tiles: int) -> Parts:
     """
     if tiles < 2:
         raise InputError(f"tiles must be at least 2 to count memory, got {tiles}; give more")
-    sizes = PROBE_ROWS if tiles > PROBE_ROWS[1] else (tiles // 2, tiles)
+    sizes = _probe_rows(tiles)
     packed = _warm(model)
     seen = [_Probe(model, size).count() for size in sizes]
     model.eval()
@@ -161,6 +162,26 @@ def count_parts(model: ModalTune, tiles: int) -> Parts:
     return Parts(
         found["tokens"], found["embed"], layer, injector, extractor, part("modalities"), *packed
     )
+
+
+def count_plain(model: ModalTune, rows: int) -> dict[str, Line]:
+    """Count what the parts of the trunk need at once without gradients, where many rows go through.
+
+    Args:
+        model: Of which `count_parts` counted everything before, so that it is warm.
+        rows: Rows of all cases and tasks that go through together.
+
+    Returns:
+        `layer`, `injector` and `extractor` to bytes.
+    """
+    sizes = _probe_rows(rows)
+    first, second = (_Probe(model, size).count_plain() for size in sizes)
+    return {name: Line.through(sizes, (first[name], second[name])) for name in first}
+
+
+def _probe_rows(rows: int) -> tuple[int, int]:
+    """Return the two sizes that a part is run at: beyond them it goes through whole blocks."""
+    return PROBE_ROWS if rows > PROBE_ROWS[1] else (rows // 2, rows)
 
 
 def _warm(model: ModalTune) -> tuple[int, int, int]:
@@ -218,16 +239,26 @@ class _Probe:
         with torch.no_grad():
             _, embedding = count_memory(self.embed, self.device)
         found: dict[str, float] = {"tokens": self.tokens.x.nbytes, "embed": embedding.peak}
-        runs = {"layer": self.layer, "injector": self.injector, "extractor": self.extractor}
-        for name, run in {**runs, "modalities": self.modalities}.items():
+        for name, run in {**self._trunk(), "modalities": self.modalities}.items():
             found |= {f"{name} {what}": n for what, n in self._count_part(run).items()}
         return found
 
-    def _count_part(self, run: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-        x, modal = self.tokens.x.detach(), self.modal.detach()
+    def count_plain(self) -> dict[str, float]:
+        """Return the bytes of the trunk's parts without gradients."""
+        return {name: self._count_plain(run) for name, run in self._trunk().items()}
+
+    def _trunk(self) -> dict[str, Run]:
+        return {"layer": self.layer, "injector": self.injector, "extractor": self.extractor}
+
+    def _count_plain(self, run: Run) -> float:
         self.model.eval()
         with torch.no_grad():
-            _, plain = count_memory(partial(run, x, modal), self.device)
+            start = partial(run, self.tokens.x.detach(), self.modal.detach())
+            return count_memory(start, self.device)[1].peak
+
+    def _count_part(self, run: Run) -> dict[str, float]:
+        plain = self._count_plain(run)
+        x, modal = self.tokens.x.detach(), self.modal.detach()
         self.model.train()
         x, modal = x.requires_grad_(), modal.requires_grad_()
         out, forward = count_memory(partial(run, x, modal), self.device)
@@ -239,4 +270,4 @@ class _Probe:
         _, backward = count_memory(pull, self.device)
         self.model.zero_grad(set_to_none=True)
         peak = max(forward.peak, forward.left + backward.peak)
-        return {"plain": plain.peak, "held": forward.left, "peak": peak}
+        return {"plain": plain, "held": forward.left, "peak": peak}

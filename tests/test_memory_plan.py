@@ -20,6 +20,7 @@ from modaltune.cli import app
 from modaltune.config import ModalTuneConfig
 from modaltune.engine.device import check_device
 from modaltune.errors import InputError
+from modaltune.kernels.frozen_product.api import pin_products, product_libraries
 from modaltune.memory_plan import (
     MODES,
     RECOMPUTE,
@@ -130,6 +131,26 @@ def test_formulas_meet_what_is_alive(encoder: Any) -> None:
         model.zero_grad(set_to_none=True)
         _, counted = count_memory(run, CPU)
         assert plan.activations(setting) == pytest.approx(counted.peak, rel=BAR), setting
+
+
+@pytest.mark.parametrize("library", product_libraries())
+def test_the_forward_formula_holds_whatever_computes_products(library: str) -> None:
+    """Libraries differ in what they allocate, and which is the fastest in the machine."""
+    pin_products(library)
+    try:
+        model = small()
+        plan, batch = MemoryPlan(model, TILES, no_process()), random_cases(model, TILES)
+        assert plan.packs
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return model.eval()(batch)
+
+        run()
+        _, counted = count_memory(run, CPU)
+        assert plan.activations(Setting("forward")) == pytest.approx(counted.peak, rel=BAR)
+    finally:
+        pin_products(None)
 
 
 def test_settings_come_the_cheapest_first() -> None:
