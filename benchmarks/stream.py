@@ -228,15 +228,14 @@ def _timed(paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int 
 
 def _memory(
     paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int | None
-) -> tuple[float, list[float]]:
-    """Embed a cohort; return MiB of all processes before it, and after each slide."""
+) -> list[float]:
+    """Embed a cohort; return MiB of all processes after each slide."""
     memory, rss = TreeMemory(os.getpid()), []
-    base = memory.mib()
     options = EmbedOptions(overlays=False, workers=workers)
     embed_slides(
         items_from_paths(paths), encoder, out, options, on_slide=lambda _: rss.append(memory.mib())
     )
-    return base, rss
+    return rss
 
 
 def measure(
@@ -271,9 +270,10 @@ def measure(
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)
         before = alone_rate(encoder, tiles)
+        base = TreeMemory(os.getpid()).mib()  # before both: what the first leaves behind counts
         timed = _timed(paths, encoder, Path(scratch) / "out", workers)
         after = alone_rate(encoder, tiles)
-        base, rss = _memory(paths, encoder, Path(scratch) / "again", workers)
+        rss = _memory(paths, encoder, Path(scratch) / "again", workers)
     report, encoding = timed.report, timed.encoding
     span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
     rate, alone = timed.tiles_per_s, (before + after) / 2
