@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from modaltune.engine._slide_tags import PageTags
 from modaltune.engine.errors import MissingMppError, SlideError
 
 Rgb = npt.NDArray[np.uint8]
@@ -50,6 +51,8 @@ class Backend(Protocol):
     # Per level, (width, height) of the file tiles; None for strips, and where a part of a large
     # read may differ from a read of that part.
     tile_sizes: tuple[tuple[int, int] | None, ...]
+    # Per level, where the file keeps its tiles; none where only the library knows.
+    pages: tuple[PageTags, ...]
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region that lies inside the level, uint8 [h, w, 3], memory of its own."""
@@ -195,6 +198,11 @@ class SlideReader:
         Where there are some, a region cut out of a larger read is the region read by itself.
         """
         return self.backend.tile_sizes[level]
+
+    @property
+    def pages(self) -> tuple[PageTags, ...]:
+        """The TIFF page of each level, where file tiles may be read past the reader; else none."""
+        return self.backend.pages
 
     def read_regions(
         self,

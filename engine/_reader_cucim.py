@@ -147,6 +147,7 @@ class CucimBackend:
         self.tile_sizes: tuple[tuple[int, int] | None, ...] = tuple(
             page.segment_px for page in tags.levels
         )
+        self.pages = tags.levels
         self._device = device
         self._guard = _TileGuard(path, tags.levels)
         is_safe = all(page.compression in _BATCH_CODECS for page in tags.levels)

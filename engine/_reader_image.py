@@ -66,6 +66,7 @@ class ImageBackend:
         self.library, self.vendor = self._source.library, self._source.vendor
         self.level_sizes = self._source.level_sizes
         self.tile_sizes: tuple[tuple[int, int] | None, ...] = self._source.tile_sizes
+        self.pages: tuple[PageTags, ...] = ()
 
     def read(self, x: int, y: int, size: tuple[int, int], level: int) -> Rgb:
         """Read a region that lies inside the level, uint8 [h, w, 3]."""

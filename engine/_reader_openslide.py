@@ -16,6 +16,7 @@ import openslide
 
 from modaltune.engine._quiet import quiet_libraries
 from modaltune.engine._reader_base import WHITE, ReaderName, Rgb
+from modaltune.engine._slide_tags import PageTags
 from modaltune.engine.errors import SlideError
 
 
@@ -44,6 +45,7 @@ class OpenSlideBackend:
         self.vendor = str(self._slide.properties.get("openslide.vendor", "unknown"))
         self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self._downsamples = tuple(float(v) for v in self._slide.level_downsamples)
+        self.pages: tuple[PageTags, ...] = ()
         self.tile_sizes = tuple(map(self._tile_size, range(len(self.level_sizes))))
 
     def _open(self) -> Any:

@@ -76,6 +76,7 @@ class PageTags:
     is_planar: bool
     offsets: npt.NDArray[np.int64]
     byte_counts: npt.NDArray[np.int64]
+    jpeg_tables: bytes
 
     @property
     def is_gapless(self) -> bool:
@@ -311,6 +312,7 @@ def _page_tags(page: Any, index: int, *, is_sub: bool) -> PageTags:
         is_planar=page.planarconfig == 2 and page.samplesperpixel > 1,
         offsets=np.asarray(page.dataoffsets, dtype=np.int64),
         byte_counts=np.asarray(page.databytecounts, dtype=np.int64),
+        jpeg_tables=bytes(page.jpegtables or b""),
     )
 
 

@@ -64,7 +64,7 @@ class DecodeOptions:
         block_tiles: Most tiles of a block; None takes 64, fewer where those exceed 2**24 px.
         device: "cuda" has cuCIM decode on the GPU (files it reads; off until measured).
         half_scale_jpeg: Decode JPEG tiles at half scale where the level read has exactly half the
-            mpp wanted and all edges are even. Faster; pixels differ slightly (`engine.jpeg_half`).
+            mpp wanted and all edges are even. Faster; pixels differ slightly (`engine.file_tiles`).
         bad_share: Share of a slide's tiles that may be unreadable, 0..1. One tile always may,
             unless the share is 0.
         decode_timeout_s: Seconds for one block; then its worker is ended and its slide fails.
@@ -178,7 +178,7 @@ class TileBlock:
         """Give the memory back for other tiles; any thread may, once or more."""
         slab, self._slab = self._slab, None
         if slab is not None:
-            self._dispatcher.call(partial(self._dispatcher.free, slab))
+            self._dispatcher.give_back(slab)
 
     def __enter__(self) -> TileBlock:
         return self
@@ -297,7 +297,7 @@ class TileDecoder:
             if event.slide.generation == self._generation:
                 return self._public(event)
             if isinstance(event, Ready):  # of a slide that was dropped
-                self._dispatcher.call(partial(self._dispatcher.free, event.slab))
+                self._dispatcher.give_back(event.slab)
 
     def _wait(self, timeout_s: float | None) -> Event:
         """Take the next event, and let the dispatcher know of waiting for it."""

@@ -39,7 +39,7 @@ from modaltune.engine.decode_jobs import (
 from modaltune.engine.decode_plan import group_tiles
 from modaltune.engine.decode_read import read_group
 from modaltune.engine.errors import DiskFullError, InputError, SlideError
-from modaltune.engine.jpeg_half import HalfScaleJpeg, can_halve
+from modaltune.engine.file_tiles import FileTiles, open_file_tiles
 from modaltune.engine.readers import SlideReader, open_slide
 from modaltune.engine.shared_tiles import SharedTiles
 from modaltune.engine.tiling import TileGrid, tile_slide
@@ -85,7 +85,7 @@ class _OpenSlides:
 
     def __init__(self) -> None:
         self._slides: OrderedDict[SlideSource, SlideReader] = OrderedDict()
-        self._halves: OrderedDict[tuple[SlideSource, int], HalfScaleJpeg | None] = OrderedDict()
+        self._tiles: OrderedDict[tuple[SlideSource, int], FileTiles | None] = OrderedDict()
 
     def get(self, source: SlideSource) -> SlideReader:
         """Return a slide, opened if it is not."""
@@ -113,17 +113,17 @@ class _OpenSlides:
         self._slides.move_to_end(source)
         return slide
 
-    def half_scale(self, source: SlideSource, level: int) -> HalfScaleJpeg | None:
-        """Return the half-scale decoder of a level, None where its file is no JPEG in tiles."""
+    def file_tiles(self, source: SlideSource, level: int) -> FileTiles | None:
+        """Return a level's file tiles, None where the slide's reader must decode them."""
         key = source, level
-        if key not in self._halves:
-            found = source.reader == "cucim" and can_halve(source.path, level)
-            self._halves[key] = HalfScaleJpeg(source.path, level) if found else None
-            while len(self._halves) > _OPEN_SLIDES:
-                oldest = self._halves.popitem(last=False)[1]
+        if key not in self._tiles:
+            self._tiles[key] = open_file_tiles(self.get(source), level)
+            while len(self._tiles) > _OPEN_SLIDES:
+                oldest = self._tiles.popitem(last=False)[1]
                 if oldest is not None:
                     oldest.close()
-        return self._halves[key]
+        self._tiles.move_to_end(key)
+        return self._tiles[key]
 
 
 def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:
@@ -192,9 +192,9 @@ def _said(grid: TileGrid | None) -> str:
 def decode(job: DecodeJob, slides: _OpenSlides, shared: SharedTiles) -> Bool:
     """Read one group of tiles into its slab; return which tiles are bad."""
     slide = slides.get(job.source)
-    half = slides.half_scale(job.source, job.shape.level) if job.is_half_scale else None
+    tiles = slides.file_tiles(job.source, job.shape.level)
     out = shared.array[job.slab, : len(job.coords)]
-    return read_group(slide, job.coords, job.shape, out, half)
+    return read_group(slide, job.coords, job.shape, out, tiles, is_half_scale=job.is_half_scale)
 
 
 def serve(connection: Connection, shared: SharedTiles, ahead: list[int], lines: _Lines) -> None:

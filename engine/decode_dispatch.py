@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -86,16 +87,28 @@ class Dispatcher(threading.Thread):
         self._workers: list[Worker[Work]] = []
         self._failed_starts = 0
         self._last_start = 0.0
+        self._last_weighing = 0.0
+        self._is_short = False  # guarded by the lock
         self._is_closing = False
 
     def call(self, what: Callable[[], None]) -> None:
-        """Have the thread do something at its next turn."""
+        """Have the thread do something at its next turn, which comes at once."""
         with self._wake_lock:
             self._calls.append(what)
-            # The number of a closed descriptor may be another file's by now.
-            if self._wake_write >= 0:
-                with contextlib.suppress(BlockingIOError):  # enough is written to wake it
-                    os.write(self._wake_write, b"\0")
+            self._wake()
+
+    def give_back(self, slab: int) -> None:
+        """Give a slab back: at the thread's next turn, which comes at once if it has no other."""
+        with self._wake_lock:
+            self._calls.append(partial(self._free.give, slab))
+            if self._is_short:
+                self._wake()
+
+    def _wake(self) -> None:
+        # The number of a closed descriptor may be another file's by now.
+        if self._wake_write >= 0:
+            with contextlib.suppress(BlockingIOError):  # enough is written to wake it
+                os.write(self._wake_write, b"\0")
 
     def submit(self, slide: Progress) -> None:
         """Take a slide on; runs in this thread."""
@@ -106,10 +119,6 @@ class Dispatcher(threading.Thread):
         self._requests.clear()
         for slide in self._slides:
             self._end_slide(slide)
-
-    def free(self, slab: int) -> None:
-        """Take a slab back; runs in this thread."""
-        self._free.give(slab)
 
     def stop(self) -> None:
         """End all workers and this thread; runs in this thread."""
@@ -157,7 +166,10 @@ class Dispatcher(threading.Thread):
         """Wait for replies and calls, and handle them."""
         is_busy = any(worker.jobs or not worker.is_ready for worker in self._workers)
         sources: list[Any] = [self._wake_read, *(w.connection for w in self._workers)]
-        ready = wait(sources, _POLL_S if is_busy else None)
+        with self._wake_lock:
+            self._is_short = not self._free
+            has_calls = bool(self._calls)
+        ready = wait(sources, 0.0 if has_calls else _POLL_S if is_busy else None)
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
         while self._calls:
@@ -259,13 +271,17 @@ class Dispatcher(threading.Thread):
     def _watch(self) -> None:
         """End workers that take too long or too much memory; add one for a hungry consumer."""
         now, options = time.monotonic(), self._options
+        # Asking for a worker's memory takes longer than all else of a turn.
+        is_weighed = now - self._last_weighing >= _POLL_S
+        if is_weighed:
+            self._last_weighing = now
         for worker in list(self._workers):
             limit = worker.jobs[0].timeout_s if worker.jobs else None
             if not worker.is_ready:
                 limit = _START_TIMEOUT_S
             if limit is not None and now - worker.since > limit:
                 self._replace(worker, f"took longer than {limit:g} s and was ended", 0.0)
-            elif worker.jobs and worker.memory_bytes() > options.memory_bytes:
+            elif is_weighed and worker.jobs and worker.memory_bytes() > options.memory_bytes:
                 most = options.memory_bytes // 2**20
                 self._replace(worker, f"took more than {most} MiB and was ended", 0.0)
         hungry = self.waiting_since

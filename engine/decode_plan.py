@@ -127,6 +127,35 @@ def plan_boxes(
     return BoxPlan(boxes, _pieces(boxes, squares, tiles), is_whole)
 
 
+def plan_file_tiles(
+    corners: Int64, side: int, level_size: tuple[int, int], file_tile: tuple[int, int]
+) -> BoxPlan:
+    """Plan the reads of one group of tiles with every file tile as a box; else as `plan_boxes`."""
+    limit = np.array(level_size, dtype=np.int64)
+    sides = np.array(file_tile, dtype=np.int64)
+    low = np.clip(corners, 0, limit)
+    high = np.clip(corners + side, 0, limit)
+    is_whole = np.all((corners >= 0) & (corners + side <= limit), axis=1)
+    first, stop = low // sides, -(-high // sides)
+    stop[~np.all(high > low, axis=1)] = 0  # outside of the level
+    most = np.maximum((stop - first).max(axis=0, initial=0), 0)
+    x, y = np.meshgrid(np.arange(most[0]), np.arange(most[1]))
+    steps = np.stack([x.ravel(), y.ravel()], axis=1)
+    places = first[:, None] + steps[None]  # [n, s, 2], in file tiles
+    tile, step = np.nonzero(np.all(places < stop[:, None], axis=2))
+    place = places[tile, step]
+    columns = -(-level_size[0] // file_tile[0])
+    keys, box = np.unique(place[:, 1] * columns + place[:, 0], return_inverse=True)
+    origin = np.stack([keys % columns, keys // columns], axis=1) * sides
+    boxes = np.concatenate([origin, np.minimum(origin + sides, limit)], axis=1)
+    order = np.argsort(box, kind="stable")
+    box, tile = box[order], tile[order]
+    parts = boxes[box]
+    np.maximum(parts[:, :2], low[tile], out=parts[:, :2])
+    np.minimum(parts[:, 2:], high[tile], out=parts[:, 2:])
+    return BoxPlan(boxes, np.column_stack([box, tile, parts]), is_whole)
+
+
 def _boxes(squares: Int64, file_tile: Int64, limit: Int64) -> Int64:
     """Cover the file tiles under some squares, each once, with boxes: int64 [m, 4]."""
     if not len(squares):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from modaltune.engine.decode_plan import BoxPlan, plan_boxes
+from modaltune.engine.decode_plan import BoxPlan, plan_boxes, plan_file_tiles
 from modaltune.engine.errors import SlideError
 from modaltune.engine.resample import resample_tile
 
@@ -25,16 +25,31 @@ if TYPE_CHECKING:
 Rgb = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
-ReadBox = Callable[[int, int, tuple[int, int]], Rgb]
+# Reads a box at (x, y) of a size, px of the level; into the memory given if it can and likes.
+ReadBox = Callable[[int, int, tuple[int, int], Rgb | None], Rgb]
 
 _WHITE = 255
 
 
-class HalfScaleSource(Protocol):
-    """Decodes parts of a level at half its resolution (`engine.jpeg_half`)."""
+class TileSource(Protocol):
+    """Decodes file tiles of a level one by one (`engine.file_tiles`)."""
 
-    def read(self, x: int, y: int, size: tuple[int, int]) -> Rgb:
-        """Read a box of whole file tiles: uint8 [ceil(h / 2), ceil(w / 2), 3]."""
+    @property
+    def tile_px(self) -> tuple[int, int]:
+        """(width, height) of a tile."""
+        ...
+
+    @property
+    def can_halve(self) -> bool:
+        """Whether it decodes at half scale, too."""
+        ...
+
+    def read(self, x: int, y: int, out: Rgb | None) -> Rgb:
+        """Decode the tile at a corner: uint8 [h, w, 3], `out` itself where its shape fits."""
+        ...
+
+    def read_half(self, x: int, y: int, out: Rgb | None) -> Rgb:
+        """Decode it at half scale: uint8 [h / 2, w / 2, 3]."""
         ...
 
 
@@ -57,7 +72,9 @@ def read_group(
     coords: Int64,
     shape: ReadShape,
     out: Rgb,
-    half_scale: HalfScaleSource | None = None,
+    file_tiles: TileSource | None = None,
+    *,
+    is_half_scale: bool = False,
 ) -> Bool:
     """Read a group of tiles.
 
@@ -66,31 +83,38 @@ def read_group(
         coords: int64 [n, 2], top-left corners in level-0 px.
         shape: Level and sizes.
         out: uint8 [n, tile_px, tile_px, 3], C-contiguous; overwritten.
-        half_scale: Used where every edge falls on even pixels of the level and `read_px` is twice
-            `tile_px`; the pixels then differ slightly.
+        file_tiles: Of the level, where the slide's own reader need not decode it.
+        is_half_scale: Let `file_tiles` decode at half scale where every edge falls on even pixels
+            of the level and `read_px` is twice `tile_px`; the pixels then differ slightly.
 
     Returns:
         bool [n], True for a tile that can't be read: it is white.
     """
     corners = slide.level_corners(coords, shape.level)
     level = slide.levels[shape.level]
-    plan = plan_boxes(
-        corners, shape.read_px, (level.width, level.height), slide.file_tile_px(shape.level)
-    )
-    out[~plan.is_whole] = _WHITE
-    sink: _Sink
-    read: ReadBox
-    if half_scale is not None and shape.factor == 2 and _is_on(plan.pieces[:, 2:], 2):
-        read, sink = half_scale.read, _Copies(out, scale=2)
+    size = level.width, level.height
+    if file_tiles is None:
+        plan = plan_boxes(corners, shape.read_px, size, slide.file_tile_px(shape.level))
+        read, sink = _box_reader(slide, shape.level), _sink_for(plan, corners, shape, out)
+        return _read_alone(slide, _read_boxes(plan, corners, read, sink, out), corners, shape, out)
+    plan = plan_file_tiles(corners, shape.read_px, size, file_tiles.tile_px)
+    is_half = is_half_scale and file_tiles.can_halve and shape.factor == 2
+    if is_half and _is_on(plan.pieces[:, 2:], 2):
+        read, sink = _tile_reader(file_tiles.read_half), _Copies(out, scale=2)
     else:
-        read = _box_reader(slide, shape.level)
-        sink = _sink_for(plan, corners, shape, out)
-    suspects = _read_boxes(plan, corners, read, sink)
-    return _read_alone(slide, suspects, corners, shape, out)
+        read, sink = _tile_reader(file_tiles.read), _sink_for(plan, corners, shape, out)
+    is_bad = np.zeros(len(out), dtype=np.bool_)
+    is_bad[list(_read_boxes(plan, corners, read, sink, out))] = True
+    out[is_bad] = _WHITE
+    return is_bad
 
 
 def _box_reader(slide: SlideReader, level: int) -> ReadBox:
-    return lambda x, y, size: slide.read_at(x, y, size, level)
+    return lambda x, y, size, out: slide.read_at(x, y, size, level)
+
+
+def _tile_reader(read: Callable[[int, int, Rgb | None], Rgb]) -> ReadBox:
+    return lambda x, y, size, out: read(x, y, out)
 
 
 def _is_on(values: Int64, factor: int) -> bool:
@@ -108,8 +132,9 @@ def _sink_for(plan: BoxPlan, corners: Int64, shape: ReadShape, out: Rgb) -> _Sin
     return _Squares(out, shape, plan)
 
 
-def _read_boxes(plan: BoxPlan, corners: Int64, read: ReadBox, sink: _Sink) -> set[int]:
+def _read_boxes(plan: BoxPlan, corners: Int64, read: ReadBox, sink: _Sink, out: Rgb) -> set[int]:
     """Read every box and hand its pieces on; return the tiles of boxes that can't be read."""
+    out[~plan.is_whole] = _WHITE
     suspects: set[int] = set()
     boxes = plan.boxes.tolist()
     starts = np.searchsorted(plan.pieces[:, 0], np.arange(len(boxes) + 1)).tolist()
@@ -120,10 +145,13 @@ def _read_boxes(plan: BoxPlan, corners: Int64, read: ReadBox, sink: _Sink) -> se
     owners = tiles.tolist()
     for box, start, stop in zip(boxes, starts[:-1], starts[1:], strict=True):
         left, top, right, bottom = box
+        slot = sink.slot(owners[start], target[start]) if stop - start == 1 else None
         try:
-            region = read(left, top, (right - left, bottom - top))
+            region = read(left, top, (right - left, bottom - top), slot)
         except SlideError:
             suspects.update(owners[start:stop])
+            continue
+        if region is slot:
             continue
         for index in range(start, stop):
             sink.add(owners[index], region, source[index], target[index])
@@ -152,6 +180,10 @@ def _read_alone(
 class _Sink(Protocol):
     """Takes pieces; `source` and `target` are (left, top, right, bottom) in region and square."""
 
+    def slot(self, tile: int, target: list[int]) -> Rgb | None:
+        """Return a tile's own memory where a piece is all of it, and is taken as it is."""
+        ...
+
     def add(self, tile: int, region: Rgb, source: list[int], target: list[int]) -> None: ...
 
 
@@ -161,7 +193,13 @@ class _Copies:
     def __init__(self, out: Rgb, scale: int = 1) -> None:
         # Rows of bytes: one long copy per row.
         self._out = out.reshape(*out.shape[:2], -1)
+        self._tiles = out
         self._scale = scale
+        side = out.shape[1] * scale
+        self._whole = [0, 0, side, side]
+
+    def slot(self, tile: int, target: list[int]) -> Rgb | None:
+        return self._tiles[tile] if target == self._whole else None
 
     def add(self, tile: int, region: Rgb, source: list[int], target: list[int]) -> None:
         rows = region.reshape(len(region), -1)
@@ -179,6 +217,9 @@ class _Averages:
     def __init__(self, out: Rgb, factor: int) -> None:
         self._out, self._factor = out, factor
 
+    def slot(self, tile: int, target: list[int]) -> Rgb | None:
+        return None
+
     def add(self, tile: int, region: Rgb, source: list[int], target: list[int]) -> None:
         x0, y0, x1, y1 = source
         a0, b0, a1, b1 = (value // self._factor for value in target)
@@ -195,6 +236,9 @@ class _Squares:
         self._missing = np.bincount(plan.pieces[:, 1], minlength=len(out)).tolist()
         self._squares: dict[int, Rgb] = {}
         self._spare: list[Rgb] = []
+
+    def slot(self, tile: int, target: list[int]) -> Rgb | None:
+        return None
 
     def add(self, tile: int, region: Rgb, source: list[int], target: list[int]) -> None:
         x0, y0, x1, y1 = source

@@ -15,6 +15,7 @@ from modaltune.engine.decode_plan import (
     group_limit,
     group_tiles,
     plan_boxes,
+    plan_file_tiles,
     rectangles,
 )
 from modaltune.engine.errors import InputError
@@ -77,15 +78,22 @@ def touched(corners: Int64, side: int, size: tuple[int, int], tile: tuple[int, i
     st.integers(1, 70),
     st.tuples(st.integers(60, 300), st.integers(60, 260)),
     st.sampled_from([(16, 16), (32, 16), (64, 64), (48, 80), None]),
+    st.booleans(),
 )
 def test_each_pixel_comes_once_and_no_file_tile_in_vain(
     places: list[tuple[int, int]],
     side: int,
     size: tuple[int, int],
     file_tile: tuple[int, int] | None,
+    is_single: bool,
 ) -> None:
     corners = np.array(places, dtype=np.int64)
-    plan = plan_boxes(corners, side, size, file_tile)
+    if is_single and file_tile is not None:
+        plan = plan_file_tiles(corners, side, size, file_tile)
+        assert (plan.boxes[:, 2:] - plan.boxes[:, :2] <= file_tile).all()
+    else:
+        plan = plan_boxes(corners, side, size, file_tile)
+    assert (np.diff(plan.pieces[:, 0]) >= 0).all()
     for (x, y), counts in zip(places, painted(plan, corners, side, size), strict=True):
         inside = np.zeros((side, side), dtype=np.int64)
         inside[max(0, -y) : max(0, size[1] - y), max(0, -x) : max(0, size[0] - x)] = 1

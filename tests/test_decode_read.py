@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from modaltune.engine.decode_plan import group_tiles
 from modaltune.engine.decode_read import ReadShape, read_group
 from modaltune.engine.errors import SlideError
+from modaltune.engine.file_tiles import FileTiles, open_file_tiles
 from modaltune.engine.pyramid import write_pyramid
 from modaltune.engine.readers import SlideReader, open_slide
 from modaltune.engine.tiling import TileGrid, plan_read, read_tiles
@@ -83,13 +85,15 @@ def grid_at(
     )
 
 
-def read_in_groups(slide: SlideReader, grid: TileGrid, most: int = 16) -> Rgb:
+def read_in_groups(
+    slide: SlideReader, grid: TileGrid, most: int = 16, tiles: FileTiles | None = None
+) -> Rgb:
     """Read a grid group by group into poisoned memory."""
     out = np.full((len(grid), grid.tile_px, grid.tile_px, 3), 77, dtype=np.uint8)
     shape = ReadShape(grid.level, grid.read_px, grid.tile_px)
     for group in group_tiles(grid, most):
         block = np.full((len(group), *out.shape[1:]), 99, dtype=np.uint8)
-        assert not read_group(slide, grid.coords[group], shape, block).any()
+        assert not read_group(slide, grid.coords[group], shape, block, tiles).any()
         out[group] = block
     return out
 
@@ -97,6 +101,14 @@ def read_in_groups(slide: SlideReader, grid: TileGrid, most: int = 16) -> Rgb:
 def assert_same(slide: SlideReader, grid: TileGrid, most: int = 16) -> None:
     reference = np.stack(list(read_tiles(slide, grid)))
     np.testing.assert_array_equal(read_in_groups(slide, grid, most), reference)
+    with opened(slide, grid.level) as tiles:
+        if tiles is not None:
+            np.testing.assert_array_equal(read_in_groups(slide, grid, most, tiles), reference)
+
+
+def opened(slide: SlideReader, level: int) -> contextlib.AbstractContextManager[FileTiles | None]:
+    """The file tiles of a level, or none."""
+    return open_file_tiles(slide, level) or contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("offset", [0, 100, 101])
@@ -174,10 +186,12 @@ def test_any_tiles_anywhere(
             grid, level=0, read_px=read_px, coords=np.array(places, dtype=np.int64)
         )
         reference = np.stack(list(read_tiles(slide, grid)))
-        out = np.full(reference.shape, 99, dtype=np.uint8)
-        bad = read_group(slide, grid.coords, ReadShape(0, read_px, tile_px), out)
-    assert not bad.any()
-    np.testing.assert_array_equal(out, reference)
+        with opened(slide, 0) as tiles:
+            for source in {None, tiles}:
+                out = np.full(reference.shape, 99, dtype=np.uint8)
+                shape = ReadShape(0, read_px, tile_px)
+                assert not read_group(slide, grid.coords, shape, out, source).any()
+                np.testing.assert_array_equal(out, reference)
 
 
 def break_file_tile(path: Path, index: int) -> None:
@@ -190,10 +204,11 @@ def break_file_tile(path: Path, index: int) -> None:
         file.write(b"\x55" * count)
 
 
+@pytest.mark.parametrize("is_past_the_reader", [False, True])
 @pytest.mark.parametrize("codec", ["deflate", "jpeg", "lzw", "jpeg2000"])
 @pytest.mark.parametrize(("mpp", "expected"), [(0.25, 4), (0.5, 4), (0.7, 4)])
 def test_a_damaged_file_tile_costs_the_tiles_on_it(
-    tmp_path: Path, codec: str, mpp: float, expected: int
+    tmp_path: Path, codec: str, mpp: float, expected: int, is_past_the_reader: bool
 ) -> None:
     path = write_pyramid(
         tmp_path / "a.tif", picture(SIDE, SIDE), mpp=0.25, tile_px=128,
@@ -205,9 +220,11 @@ def test_a_damaged_file_tile_costs_the_tiles_on_it(
         grid = dataclasses.replace(grid, coords=grid.coords[(grid.coords < 512).all(axis=1)])
         reference = np.stack(list(read_tiles(slide, grid)))
     break_file_tile(path, 2 * 6 + 3)  # of 6 per row: x 384..512, y 256..384
-    with open_slide(path) as slide:
+    with open_slide(path) as slide, contextlib.ExitStack() as stack:
+        tiles = stack.enter_context(opened(slide, 0)) if is_past_the_reader else None
+        assert (tiles is not None) == (is_past_the_reader and codec in ("deflate", "jpeg"))
         out = np.zeros_like(reference)
-        bad = read_group(slide, grid.coords, ReadShape(0, grid.read_px, tile_px), out)
+        bad = read_group(slide, grid.coords, ReadShape(0, grid.read_px, tile_px), out, tiles)
     corners = grid.coords[bad]
     assert len(corners) == expected
     assert set(map(tuple, corners.tolist())) == {(x, y) for x in (320, 448) for y in (192, 320)}
