@@ -361,14 +361,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             append_row(folder / CSV_NAME, row)
         line = "{tool:10} {encoder:8} {wall_s:>7} s  {tiles_per_s:>7} tiles/s  x {wall_ratio}"
         print(json.dumps(row) if options.json else line.format(**row), flush=True)
-    for line in missed_bars(found):
+    missed = missed_bars(found)
+    for line in missed:
         print(f"missed: {line}", file=sys.stderr)
     if options.plot:
         from modaltune.benchmarks.end_to_end_plot import plot_rows, read_rows
 
         kept = found if folder is None else read_rows(folder / CSV_NAME)
         plot_rows(kept, options.plot)
-    return 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

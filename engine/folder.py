@@ -327,6 +327,7 @@ def _write(
     if slide.status == "failed" or survey is None:
         raise DiskFullError(slide.reason) if slide.is_disk_full else SlideError(slide.reason)
     lost = {"bad_tiles": slide.bad_tiles} if slide.bad_tiles else {}
+    size = {"slide_bytes": survey.stamp[1]} if survey.stamp else {}
     with clock.stage("write", slide.key):
         return record_features(
             lease.features,
@@ -345,6 +346,7 @@ def _write(
                 extra={
                     "mpp_source": survey.mpp_source,
                     "tissue_share": survey.tissue_share,
+                    **size,
                     **lost,
                     **encoder.provenance(),
                 },

@@ -212,6 +212,10 @@ def _judge(
     recipe = slide_recipe(group.recipe, state.base_mpp)
     found = is_complete(path, recipe)
     result.opened += 1
+    if found in ("done", "empty") and (others := _other_slide(path, Path(state.path))):
+        result.replaced.append(state.slide_id)
+        different.setdefault(f"slide {state.slide_id}", others)
+        return None
     if found in ("done", "empty"):
         if state.status not in ("done", "empty"):
             result.adopted.append(state.slide_id)
@@ -225,3 +229,15 @@ def _judge(
         for name, (asked, had) in differences(recipe, stored, set(found[1])).items():
             different.setdefault(name, (had, asked))
     return None
+
+
+def _other_slide(features: Path, slide: Path) -> tuple[str, str] | None:
+    """Return what a feature file says its slide's size was, and what it is, where they differ."""
+    from modaltune.engine.store import open_features
+
+    had = open_features(features).extra.get("slide_bytes")
+    try:
+        now = slide.stat().st_size
+    except OSError:  # whoever reads the slide will say so
+        return None
+    return None if had is None or had == now else (f"{had} bytes", f"{now} bytes")

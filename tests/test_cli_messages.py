@@ -111,7 +111,7 @@ def test_tiles_no_slide_has(tmp_path: Path, option: str, value: str) -> None:
     [
         ("gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ("mps", "device must be cpu or cuda, got 'mps'"),
-        ("cuda:77", "device must be available, got 'cuda:77'"),
+        ("cuda:77", "GPUs that torch sees, got 'cuda:77'; use cpu, or see"),
     ],
 )
 def test_devices_that_cannot_be(tmp_path: Path, device: str, message: str) -> None:

@@ -247,5 +247,7 @@ def test_settings_that_do_not_fit() -> None:
     with pytest.raises(InputError, match="--trust-remote-code must come with --tile-encoder trans"):
         load_encoder("conch-v1.5", trust_remote_code="a" * 40)
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="device must be available, got 'cuda' without a GPU"):
+        with pytest.raises(
+            InputError, match="device must be one of the 0 GPUs that torch sees, got 'cuda'"
+        ):
             load_encoder(device="cuda")

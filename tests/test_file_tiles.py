@@ -129,6 +129,29 @@ def test_damage_in_the_middle_of_a_tile_is_noticed(tmp_path: Path, codec: Compre
         assert (out[1] == 255).all()
 
 
+def test_most_random_damage_of_a_jpeg_is_noticed(tmp_path: Path) -> None:
+    """Bytes changed anywhere behind the tables; the rest decodes to pixels that might be right."""
+    path = write_pyramid(
+        tmp_path / "a.tif", smooth(384, 384), mpp=0.25, tile_px=128, compression="jpeg"
+    )
+    with tifffile.TiffFile(path) as tif:
+        offset, count = tif.pages[0].dataoffsets[4], tif.pages[0].databytecounts[4]
+    whole = path.read_bytes()[offset : offset + count]
+    rng, noticed, trials = np.random.default_rng(0), 0, 200
+    with opened(path) as (_, tiles):
+        for _ in range(trials):
+            length = int(rng.choice([1, 4, 64, 512]))
+            place = int(rng.integers(700, count - length))
+            overwrite(path, 4, rng.bytes(length), at=place)
+            try:
+                tiles.read(128, 128)
+            except SlideError:
+                noticed += 1
+            overwrite(path, 4, whole)
+        tiles.read(128, 128)
+    assert noticed > 0.6 * trials
+
+
 def test_a_jpeg_without_an_end_is_read_if_all_of_it_is_there(tmp_path: Path) -> None:
     rgb = smooth(256, 256)
     paths = [

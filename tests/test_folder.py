@@ -92,6 +92,28 @@ def test_a_finished_slide_is_kept_and_a_different_recipe_refused(
     assert read_features(first.features).recipe["min_foreground"] == 0.5
 
 
+def test_without_a_ledger_another_slide_of_the_name_does_not_get_its_features(
+    slide: Path, encoder: TileEncoder, tmp_path: Path
+) -> None:
+    items, out = items_from_paths([slide]), tmp_path / "out"
+    path = embed_slides(items, encoder, out, OPTIONS).outcomes[0].features
+    assert path is not None
+    (out / "ledger.sqlite").unlink()
+    assert embed_slides(items, encoder, out, OPTIONS).outcomes[0].status == "kept"
+    (out / "ledger.sqlite").unlink()
+    had = slide.stat().st_size
+    write_pyramid(slide, np.full((512, 768, 3), 150, dtype=np.uint8), mpp=0.5)
+    now = slide.stat().st_size
+    with pytest.raises(
+        RecipeChangedError,
+        match=rf"slide pink: stored {had} bytes, asked {now} bytes;.*--new-recipe",
+    ):
+        embed_slides(items, encoder, out, OPTIONS)
+    assert len(read_features(path).features) == 6
+    made = embed_slides(items, encoder, out, OPTIONS, new_recipe=True).outcomes[0]
+    assert made.status != "kept"
+
+
 def test_a_damaged_file_is_made_again(slide: Path, encoder: TileEncoder, tmp_path: Path) -> None:
     items, out = items_from_paths([slide]), tmp_path / "out"
     path = embed_slides(items, encoder, out, OPTIONS).outcomes[0].features

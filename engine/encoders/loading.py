@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from modaltune.engine.device import cpu_or_cuda
+from modaltune.engine.device import check_device, cpu_or_cuda
 from modaltune.engine.encoders.registry import (
     DEFAULT_ENCODER,
     TIMM_PREFIX,
@@ -78,16 +79,6 @@ def _load(
     return load_transformers(name, weights, allow_download, trust_remote_code)
 
 
-def _available(device: torch.device | str) -> torch.device:
-    place = cpu_or_cuda(device)
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= count:
-            seen = f"with {count} GPUs" if count else "without a GPU"
-            raise InputError(f"device must be available, got {str(place)!r} {seen}; use 'cpu'")
-    return place
-
-
 def load_eager(
     name: str = DEFAULT_ENCODER,
     *,
@@ -99,7 +90,7 @@ def load_eager(
     batch_size: int | None = None,
 ) -> TorchEncoder:
     """Load a tile encoder in eager PyTorch; arguments and errors as `load_encoder`."""
-    place = _available(device)
+    place = check_device(device)
     path = None if weights is None else Path(weights)
     spec, features = _load(name, path, allow_download, trust_remote_code)
     encoder = TorchEncoder(spec, features, device=place, precision=precision, batch_size=batch_size)
@@ -156,17 +147,16 @@ def load_encoder(
         GateError: The runtime gives other features than eager PyTorch.
     """
 
-    def load() -> TorchEncoder:
-        return load_eager(
-            name,
-            weights=weights,
-            allow_download=allow_download,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-        )
-
+    load = partial(
+        load_eager,
+        name,
+        weights=weights,
+        allow_download=allow_download,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
     if runtime is None:
         return load()
     # Imported here: the exporters take a second that eager PyTorch does without.
@@ -174,17 +164,11 @@ def load_encoder(
     from modaltune.engine.encoders.runtime_choice import open_runtime
 
     asked = None
-    if (
-        runtime in RUNTIMES
-        and cpu_or_cuda(device).type == "cpu"
-        and (precision, trust_remote_code) == (None, None)
-        and not is_dynamic(name)
-        and get_spec(name).backend != "transformers"
-    ):
+    is_plain = (precision, trust_remote_code) == (None, None) and _is_built(name)
+    if runtime in RUNTIMES and is_plain and cpu_or_cuda(device).type == "cpu":
         path = find_weights(get_spec(name), Path(weights) if weights else None, allow_download)
         asked = Asked(get_spec(name), path, runtime, tile_px, batch_size)
-        ready = open_ready(asked, load)
-        if ready is not None:
+        if (ready := open_ready(asked, load)) is not None:
             return ready
     eager = load()
     encoder = open_runtime(
@@ -193,6 +177,11 @@ def load_encoder(
     if asked is not None:
         keep_ready(asked, encoder, eager)
     return encoder
+
+
+def _is_built(name: str) -> bool:
+    """Whether an encoder's network is built here, not by transformers."""
+    return not is_dynamic(name) and get_spec(name).backend != "transformers"
 
 
 @dataclass(frozen=True)
