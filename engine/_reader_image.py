@@ -1,6 +1,6 @@
 """Plain images as slides: TIFF through tifffile, segment by segment; PNG and JPEG through Pillow.
 
-A TIFF that tifffile can't decode (its codec needs imagecodecs, or its colours need converting) is
+A TIFF that tifffile can't decode (imagecodecs has no such codec, or its colours need converting) is
 decoded whole by Pillow, as PNG and JPEG are.
 """
 
@@ -119,9 +119,7 @@ def _open_source(path: Path, tags: TiffTags | None, pixel_budget: int) -> _Sourc
     try:
         return _PillowSource(path, tags, pixel_budget)
     except SlideError as error:
-        raise SlideError(
-            f"{error} (tifffile: {reason}; more codecs: `pip install imagecodecs`)"
-        ) from error
+        raise SlideError(f"{error} (tifffile: {reason})") from error
 
 
 def _tifffile_refusal(tags: TiffTags) -> str | None:

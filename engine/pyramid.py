@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import uuid
@@ -27,7 +26,6 @@ _CODECS: dict[str, str | None] = {
     "jpeg": "JPEG",
     "jpeg2000": "APERIO_JP2000_RGB",
 }
-_NEEDS_IMAGECODECS = ("jpeg", "lzw", "jpeg2000")
 _DEFAULT_JPEG_QUALITY = 90
 _MICRONS_PER_CM = 10_000.0
 # Classic TIFF has 32-bit offsets; the margin leaves room for tags and for codecs that expand noise.
@@ -55,7 +53,7 @@ def write_pyramid(
         levels: Number of levels with level 0, >= 1.
         tile_px: Side of the square file tiles, a multiple of 16; None writes strips.
         compression: "deflate", "lzw" and "none" are lossless. "jpeg2000" is stored as RGB under
-            Aperio's tag 33005. All but "deflate" and "none" need the package imagecodecs.
+            Aperio's tag 33005.
         quality: JPEG quality 1..100 (90), or JPEG 2000 signal-to-noise ratio in dB (None or 0 is
             lossless). Not used by the other codecs.
 
@@ -63,7 +61,7 @@ def write_pyramid(
         The path written.
 
     Raises:
-        InputError: An argument breaks its rule, or imagecodecs is needed and not installed.
+        InputError: An argument breaks its rule.
         OSError: The file can't be written.
 
     Source: TIFF 6.0, tags 254 (NewSubfileType), 282, 283 and 296 (resolution).
@@ -173,11 +171,6 @@ def _check(
     if quality is not None and not least <= quality <= 100:
         raise InputError(
             f"quality must be {least}..100 for {compression}, got {quality}; None picks the default"
-        )
-    if compression in _NEEDS_IMAGECODECS and importlib.util.find_spec("imagecodecs") is None:
-        raise InputError(
-            f"compression must be deflate or none where imagecodecs is missing, got "
-            f"{compression}; install it with `pip install imagecodecs`"
         )
 
 

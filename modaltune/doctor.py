@@ -287,6 +287,8 @@ def check_readers(readers: Findings) -> list[Check]:
         "OpenSlide": ("FAIL", "pip install openslide-python openslide-bin"),
         "Pillow": ("FAIL", "pip install pillow"),
         "tifffile": ("FAIL", "pip install tifffile"),
+        "simplejpeg": ("FAIL", "pip install simplejpeg"),
+        "imagecodecs": ("FAIL", "pip install imagecodecs"),
         "wsidicom (DICOM)": ("WARN", "pip install 'modaltune[dicom]'"),
     }
     checks = []

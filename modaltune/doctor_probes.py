@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -166,11 +167,28 @@ def _probe_readers() -> Findings:
         def try_tiff() -> str:
             return compare("tifffile", lambda: tifffile.imread(path)[y : y + side, x : x + side])
 
+        def try_jpeg() -> str:
+            import simplejpeg
+
+            grey = np.full((16, 16, 3), 128, dtype=np.uint8)
+            if not np.array_equal(simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(grey)), grey):
+                raise ValueError("decodes other pixels than were encoded")
+            return f"{_version('simplejpeg')}, decodes a JPEG tile"
+
+        def try_deflate() -> str:
+            import imagecodecs
+
+            if bytes(imagecodecs.deflate_decode(zlib.compress(b"tile" * 9), out=36)) != b"tile" * 9:
+                raise ValueError("decodes other bytes than were encoded")
+            return f"{_version('imagecodecs')}, decodes a Deflate tile"
+
         return {
             "cuCIM": _try(try_cucim),
             "OpenSlide": _try(try_openslide),
             "Pillow": _try(try_pillow),
             "tifffile": _try(try_tiff),
+            "simplejpeg": _try(try_jpeg),
+            "imagecodecs": _try(try_deflate),
             "wsidicom (DICOM)": _try(lambda: _version("wsidicom")),
         }
 

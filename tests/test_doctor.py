@@ -60,7 +60,7 @@ def test_this_machine_passes(checks: list[Check]) -> None:
         "extras",
     ]
     assert _named(checks, "torch", "python & packages").detail == metadata.version("torch")
-    for reader in ("OpenSlide", "Pillow", "tifffile"):
+    for reader in ("OpenSlide", "Pillow", "tifffile", "simplejpeg", "imagecodecs"):
         assert "reads a tiled TIFF" in _named(checks, reader).detail
     for op in ("injection", "extraction", "dilated_attn"):
         assert "reference" in _named(checks, op, "kernels").detail
@@ -211,7 +211,8 @@ def test_failed_and_slow_probes() -> None:
     assert doctor.check_readers(died)[0].status == "FAIL"
     assert doctor.check_readers(slow)[0].status == "WARN"
     bad = {"ok": False, "detail": "reads other pixels than were written"}
-    names = ("cuCIM", "OpenSlide", "Pillow", "tifffile", "wsidicom (DICOM)")
+    libraries = ("Pillow", "tifffile", "simplejpeg", "imagecodecs")
+    names = ("cuCIM", "OpenSlide", *libraries, "wsidicom (DICOM)")
     readers = dict.fromkeys(names, good) | {"cuCIM": bad, "OpenSlide": bad}
     checks = doctor.check_readers(readers)
     assert _named(checks, "cuCIM").status == "WARN"

@@ -149,7 +149,7 @@ def test_most_random_damage_of_a_jpeg_is_noticed(tmp_path: Path) -> None:
                 noticed += 1
             overwrite(path, 4, whole)
         tiles.read(128, 128)
-    assert noticed > 0.6 * trials
+    assert noticed > trials / 2
 
 
 def test_a_jpeg_without_an_end_is_read_if_all_of_it_is_there(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ KERNEL_LIBRARIES = {"torch", "triton", "numpy", "numba", "llvmlite"}  # llvmlite
 # Not brought by a plain install: imported in the function that needs them.
 OPTIONAL = {
     *("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "pycuda", "cuda", "ray", "wsidicom"),
-    *("anndata", "zarr", "wandb", "pytest", "hypothesis", "imagecodecs"),
+    *("anndata", "zarr", "wandb", "pytest", "hypothesis"),
 }
 GPL = {"sksurv"}
 BAD_STEMS = {"triton", "utils", "common", "helpers"}
