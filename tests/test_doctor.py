@@ -60,8 +60,10 @@ def test_this_machine_passes(checks: list[Check]) -> None:
         "extras",
     ]
     assert _named(checks, "torch", "python & packages").detail == metadata.version("torch")
-    for reader in ("OpenSlide", "Pillow", "tifffile", "simplejpeg", "imagecodecs"):
+    for reader in ("OpenSlide", "Pillow", "tifffile"):
         assert "reads a tiled TIFF" in _named(checks, reader).detail
+    assert "decodes a JPEG tile" in _named(checks, "simplejpeg", "readers").detail
+    assert "decodes a Deflate tile" in _named(checks, "imagecodecs", "readers").detail
     for op in ("injection", "extraction", "dilated_attn"):
         assert "reference" in _named(checks, op, "kernels").detail
 
