@@ -125,12 +125,15 @@ def tiles_in_memory(paths: Sequence[Path], most: int) -> np.ndarray[Any, np.dtyp
     return np.concatenate(found)[:most]
 
 
-def alone_rate(encoder: TileEncoder, tiles: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
-    """Return tiles per second of the encoder by itself."""
+def alone_rate(
+    encoder: TileEncoder, tiles: np.ndarray[Any, np.dtype[np.uint8]]
+) -> tuple[float, float]:
+    """Return tiles per second of the encoder by itself, and core seconds per tile."""
     encoder.encode(tiles[: len(tiles) // 2])  # first calls are slower
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), time.process_time()
     encoder.encode(tiles)
-    return len(tiles) / (time.perf_counter() - start)
+    rate = len(tiles) / (time.perf_counter() - start)
+    return rate, (time.process_time() - cores) / len(tiles)
 
 
 def bound_mib(
@@ -179,9 +182,13 @@ def open_encoder(name: str, runtime: str, device: str) -> TileEncoder:
 
 @dataclass
 class _Timed:
-    """A run: `counts` are (time, tiles encoded), `warm` the one when the fifth slide was done."""
+    """A run: `counts` are (time, tiles encoded), `warm` the one when the fifth slide was done.
+
+    `cores_s` are core seconds of this process and of its children.
+    """
 
     report: EmbedReport
+    cores_s: tuple[float, float]
     started: float
     stretches: list[Stretch]
     counts: list[tuple[float, int]]
@@ -203,7 +210,7 @@ class _Timed:
 
 def _timed(paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int | None) -> _Timed:
     """Embed a cohort, and see who worked when."""
-    started, lock = time.perf_counter(), threading.Lock()
+    started, lock, before = time.perf_counter(), threading.Lock(), os.times()
     stretches: list[Stretch] = []
     counts: list[tuple[float, int]] = []
     at: list[tuple[float, int]] = []
@@ -221,9 +228,13 @@ def _timed(paths: Sequence[Path], encoder: TileEncoder, out: Path, workers: int 
         on_slide=lambda _: at.append(counts[-1] if counts else (started, 0)),
         observe=observe,
     )
+    after = os.times()
+    own = after.user + after.system - before.user - before.system
+    # Those of processes that have ended, as the workers have.
+    children = sum(after[2:4]) - sum(before[2:4])
     _gate(report.outcomes, encoder)
     warm = at[FROM_SLIDE - 1] if len(at) >= FROM_SLIDE else None
-    return _Timed(report, started, stretches, counts, warm)
+    return _Timed(report, (own, children), started, stretches, counts, warm)
 
 
 def _memory(
@@ -269,10 +280,10 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         paths = write_cohort(folder or Path(scratch) / "slides", slides, seed)
         tiles = tiles_in_memory(paths, ALONE_TILES)
-        before = alone_rate(encoder, tiles)
+        before, cores_before = alone_rate(encoder, tiles)
         base = TreeMemory(os.getpid()).mib()  # before both: what the first leaves behind counts
         timed = _timed(paths, encoder, Path(scratch) / "out", workers)
-        after = alone_rate(encoder, tiles)
+        after, cores_after = alone_rate(encoder, tiles)
         rss = _memory(paths, encoder, Path(scratch) / "again", workers)
     report, encoding = timed.report, timed.encoding
     span = max(s.end_s for s in encoding) - min(s.start_s for s in encoding)
@@ -301,6 +312,10 @@ def measure(
         "bound_mib": round(bound),
         "spread": round((max(steady) - min(steady)) / (sum(steady) / len(steady)), 4),
         **{f"{stage}_s": round(seconds, 3) for stage, seconds in report.stages_s.items()},
+        # Core seconds: of the encoder alone for as many tiles, of this process, of the workers.
+        "alone_cores_s": round((cores_before + cores_after) / 2 * report.new_tiles, 2),
+        "own_cores_s": round(timed.cores_s[0], 2),
+        "workers_cores_s": round(timed.cores_s[1], 2),
     }
     return Measured(row, report.stages_s, [round(mib, 1) for mib in rss], timed.stretches)
 
