@@ -41,6 +41,8 @@ DECODER_ERRORS = (
 )
 # A file with more pages than this is a stack, not a slide; the rest need not be looked at.
 _MAX_PAGES = 512
+# Four tables of each kind at their largest take 3 kB.
+_MOST_TABLE_BYTES = 2**16
 # Bytes per value of each TIFF data type.
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 13: 4, 16: 8, 17: 8, 18: 8}
 # Tags whose values lie elsewhere in the file and without which pixels are lost: strip and tile
@@ -312,8 +314,14 @@ def _page_tags(page: Any, index: int, *, is_sub: bool) -> PageTags:
         is_planar=page.planarconfig == 2 and page.samplesperpixel > 1,
         offsets=np.asarray(page.dataoffsets, dtype=np.int64),
         byte_counts=np.asarray(page.databytecounts, dtype=np.int64),
-        jpeg_tables=bytes(page.jpegtables or b""),
+        jpeg_tables=_jpeg_tables(page),
     )
+
+
+def _jpeg_tables(page: Any) -> bytes:
+    """Copy what the JPEG tiles of a page share; none where the tag holds something else."""
+    tables = page.jpegtables
+    return tables if isinstance(tables, bytes) and len(tables) <= _MOST_TABLE_BYTES else b""
 
 
 def _levels(pages: list[PageTags]) -> tuple[PageTags, ...]:

@@ -64,7 +64,8 @@ class DecodeOptions:
         block_tiles: Most tiles of a block; None takes 64, fewer where those exceed 2**24 px.
         device: "cuda" has cuCIM decode on the GPU (files it reads; off until measured).
         half_scale_jpeg: Decode JPEG tiles at half scale where the level read has exactly half the
-            mpp wanted and all edges are even. Faster; pixels differ slightly (`engine.file_tiles`).
+            mpp wanted, all edges are even and `engine.file_tiles` can read them. Faster; pixels
+            differ slightly.
         bad_share: Share of a slide's tiles that may be unreadable, 0..1. One tile always may,
             unless the share is 0.
         decode_timeout_s: Seconds for one block; then its worker is ended and its slide fails.

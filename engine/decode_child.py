@@ -85,7 +85,7 @@ class _OpenSlides:
 
     def __init__(self) -> None:
         self._slides: OrderedDict[SlideSource, SlideReader] = OrderedDict()
-        self._tiles: OrderedDict[tuple[SlideSource, int], FileTiles | None] = OrderedDict()
+        self._tiles: dict[tuple[SlideSource, int], FileTiles | None] = {}
 
     def get(self, source: SlideSource) -> SlideReader:
         """Return a slide, opened if it is not."""
@@ -109,21 +109,24 @@ class _OpenSlides:
             self._slides[named] = slide
             source = named
             while len(self._slides) > _OPEN_SLIDES:
-                self._slides.popitem(last=False)[1].close()
+                self._close(next(iter(self._slides)))
         self._slides.move_to_end(source)
         return slide
 
     def file_tiles(self, source: SlideSource, level: int) -> FileTiles | None:
         """Return a level's file tiles, None where the slide's reader must decode them."""
+        slide = self.get(source)
         key = source, level
         if key not in self._tiles:
-            self._tiles[key] = open_file_tiles(self.get(source), level)
-            while len(self._tiles) > _OPEN_SLIDES:
-                oldest = self._tiles.popitem(last=False)[1]
-                if oldest is not None:
-                    oldest.close()
-        self._tiles.move_to_end(key)
+            self._tiles[key] = open_file_tiles(slide, level)
         return self._tiles[key]
+
+    def _close(self, source: SlideSource) -> None:
+        """Close a slide, and the file tiles of its levels."""
+        self._slides.pop(source).close()
+        for key in [key for key in self._tiles if key[0] == source]:
+            if (tiles := self._tiles.pop(key)) is not None:
+                tiles.close()
 
 
 def survey(job: SurveyJob, slides: _OpenSlides) -> Survey:

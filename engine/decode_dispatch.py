@@ -69,7 +69,7 @@ Work = tuple[Progress, Int64 | None]
 
 
 class Dispatcher(threading.Thread):
-    """Runs the workers. Other threads talk to it through `call`; it answers in `events`."""
+    """Runs the workers. Others talk to it by `call` and `give_back`; it answers in `events`."""
 
     def __init__(self, shared: SharedTiles, options: DispatchOptions) -> None:
         super().__init__(name="modaltune-decode", daemon=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ _RGB = 2
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 # Adobe's marker with transform 0: the three components are RGB, not YCbCr.
 _IS_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+# Start of a frame: baseline, 17 bytes, 8 bits; height, width and number of components follow. It
+# comes before all pixels, behind tables of less than these bytes.
+_FRAME, _FRAME_WITHIN = b"\xff\xc0\x00\x11\x08", 2048
+_PADDING, _PADDED = bytes(4), "extraneous bytes before marker 0xd9"
 # Below this side, calling a decoder costs more than decoding: cuCIM reads many at a time.
 _LEAST_PX = 64
 
@@ -39,19 +44,15 @@ logger = logging.getLogger(__name__)
 
 
 def can_decode(page: PageTags) -> bool:
-    """Whether the tiles of a page are RGB in JPEG or plain Deflate, and none is missing."""
-    is_coded = page.compression == _JPEG or (
-        page.compression == _DEFLATE and page.predictor == 1 and page.photometric == _RGB
-    )
-    is_rgb = page.bits == 8 and page.samples == 3 and not page.is_planar
-    is_whole = page.is_tiled and page.is_gapless and bool((page.byte_counts > 0).all())
-    return is_coded and is_rgb and is_whole and min(page.segment_px) >= _LEAST_PX
+    """Whether the tiles of a page that cuCIM reads are JPEG or Deflate, and not very small."""
+    return page.compression in (_JPEG, _DEFLATE) and min(page.segment_px) >= _LEAST_PX
 
 
 def open_file_tiles(slide: SlideReader, level: int) -> FileTiles | None:
     """Open a level's file tiles, if they decode to the pixels of the slide's own reader.
 
-    A tile in the middle of the level is compared first, or where that is damaged the first or last.
+    The tile with the most bytes is compared, which shows most, and the last, which the level's
+    edges cut; one that is damaged does not count.
 
     Args:
         slide: The open slide.
@@ -63,23 +64,40 @@ def open_file_tiles(slide: SlideReader, level: int) -> FileTiles | None:
     """
     if slide.device != "cpu" or not slide.pages or not can_decode(slide.pages[level]):
         return None
-    tiles = FileTiles(slide.path, slide.pages[level])
-    for index in (len(tiles) // 2, 0, len(tiles) - 1):
-        x, y = tiles.corner(index)
-        width, height = tiles.size_at(x, y)
-        try:
-            is_same = np.array_equal(
-                tiles.read(x, y)[:height, :width], slide.read_at(x, y, (width, height), level)
-            )
-        except SlideError as error:
-            logger.debug("%s", error)
-            continue
-        if is_same:
-            return tiles
-        logger.debug("%s: level %d decodes otherwise than by its reader", slide.path, level)
-        break
+    page = slide.pages[level]
+    tiles = FileTiles(slide.path, page)
+    try:
+        same = [
+            _is_same(slide, level, tiles, index)
+            for index in (int(page.byte_counts.argmax()), len(tiles) - 1)
+        ]
+    except BaseException:
+        tiles.close()
+        raise
+    if True in same and False not in same:
+        return tiles
+    logger.debug("%s: level %d decodes otherwise than by its reader", slide.path, level)
     tiles.close()
     return None
+
+
+def _is_same(slide: SlideReader, level: int, tiles: FileTiles, index: int) -> bool | None:
+    """Whether a tile has the pixels that the slide's reader gives it; None where it is damaged."""
+    x, y = tiles.corner(index)
+    width, height = tiles.size_at(x, y)
+    try:
+        expected = slide.read_at(x, y, (width, height), level)
+        return np.array_equal(tiles.read(x, y)[:height, :width], expected)
+    except _FormatError as error:
+        logger.debug("%s", error)
+        return False
+    except SlideError as error:
+        logger.debug("%s", error)
+        return None
+
+
+class _FormatError(SlideError):
+    """A file tile is no image of the tile's size and colours, damaged or not."""
 
 
 class FileTiles:
@@ -97,8 +115,8 @@ class FileTiles:
         self.can_halve = page.compression == _JPEG and width % 2 == height % 2 == 0
         self._columns = -(-page.width // width)
         self._head = _head(page)
-        self._spare = np.empty((height, width, 3), dtype=np.uint8)
-        self._half_spare = np.empty((height // 2, width // 2, 3), dtype=np.uint8)
+        self._frame = _FRAME + struct.pack(">HHB", height, width, 3)
+        self._spares: dict[int, Rgb] = {}  # by factor, made when they are needed
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def __len__(self) -> int:
@@ -128,7 +146,7 @@ class FileTiles:
         Raises:
             SlideError: It can't be decoded, or is damaged.
         """
-        target = self._spare if out is None or out.shape != self._spare.shape else out
+        target = self._target(out, 1)
         data = self._bytes(x, y)
         if self._page.compression == _JPEG:
             return self._jpeg(data, target, x, y)
@@ -158,14 +176,25 @@ class FileTiles:
         Raises:
             SlideError: It can't be decoded, or is damaged.
         """
-        target = self._half_spare if out is None or out.shape != self._half_spare.shape else out
-        return self._jpeg(self._bytes(x, y), target, x, y, factor=2)
+        return self._jpeg(self._bytes(x, y), self._target(out, 2), x, y, factor=2)
+
+    def _target(self, out: Rgb | None, factor: int) -> Rgb:
+        """Return the memory that was given if a tile fits it, else memory of our own."""
+        shape = self.tile_px[1] // factor, self.tile_px[0] // factor, 3
+        if out is not None and out.shape == shape:
+            return out
+        if factor not in self._spares:
+            self._spares[factor] = np.empty(shape, dtype=np.uint8)
+        return self._spares[factor]
 
     def _bytes(self, x: int, y: int) -> bytes:
         """Read the compressed bytes of the tile at a corner."""
         index = self._index(x, y)
         offset, count = int(self._page.offsets[index]), int(self._page.byte_counts[index])
-        return os.pread(self._descriptor, count, offset)
+        try:
+            return os.pread(self._descriptor, count, offset)
+        except OSError as error:
+            raise self._damaged(x, y, str(error)) from error
 
     def _index(self, x: int, y: int) -> int:
         return y // self.tile_px[1] * self._columns + x // self.tile_px[0]
@@ -174,22 +203,29 @@ class FileTiles:
         """Decode a JPEG stream, completed by what the file keeps once for all tiles."""
         if not data.startswith(_START):
             raise self._damaged(x, y, "no start of a JPEG")
-        # Some writers leave the end marker out. Where pixels are missing too, adding it hides
-        # nothing: the decoder then misses those.
-        end = b"" if data.endswith(_END) else _END
+        is_baseline = self._frame in data[:_FRAME_WITHIN]
+        # Some writers leave the end marker out. Where pixels are missing too, a baseline decoder
+        # still says so.
+        end = b"" if data.endswith(_END) or not is_baseline else _END
         stream = b"".join((self._head, memoryview(data)[len(_START) :], end))
-        height, width = target.shape[:2]
+        if not is_baseline:
+            self._check_frame(stream, x, y)
         try:
-            if factor > 1:
-                wanted = {"min_height": height, "min_width": width, "min_factor": factor}
-            else:
-                wanted = {}
-            tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=target, **wanted)
-        except (RuntimeError, ValueError) as error:
+            return _decode_jpeg(stream, target, factor, is_strict=True)
+        except ValueError as error:
+            # Zeros before the end marker are padding, not what damage leaves.
+            if _PADDED in str(error) and data.endswith(_PADDING + _END):
+                return _decode_jpeg(stream, target, factor, is_strict=False)
             raise self._damaged(x, y, str(error)) from error
-        if tile.shape != target.shape:
-            raise self._damaged(x, y, f"a JPEG of {tile.shape[1]} x {tile.shape[0]} px")
-        return target
+
+    def _check_frame(self, stream: bytes, x: int, y: int) -> None:
+        """Refuse a JPEG of another size or of other colours."""
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(stream)
+        except ValueError as error:
+            raise self._damaged(x, y, str(error)) from error
+        if (width, height) != self.tile_px or colours not in ("YCbCr", "RGB"):
+            raise _FormatError(str(self._damaged(x, y, f"{colours} of {width} x {height} px")))
 
     def _damaged(self, x: int, y: int, reason: str) -> SlideError:
         width, height = self.tile_px
@@ -214,6 +250,16 @@ class FileTiles:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _decode_jpeg(stream: bytes, target: Rgb, factor: int, *, is_strict: bool) -> Rgb:
+    """Decode a stream of a known size into memory of that size over a factor."""
+    height, width = target.shape[:2]
+    wanted = {"min_height": height, "min_width": width, "min_factor": factor} if factor > 1 else {}
+    tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=target, strict=is_strict, **wanted)
+    if tile.shape != target.shape:
+        raise ValueError(f"an image of {tile.shape[1]} x {tile.shape[0]} px")
+    return target
 
 
 def _head(page: PageTags) -> bytes:

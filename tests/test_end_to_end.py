@@ -121,6 +121,22 @@ def test_sides_are_those_asked_for() -> None:
     assert len(names(both, *end_to_end.ENCODERS)) == 8
 
 
+@pytest.mark.parametrize(("slower", "expected"), [(2.0, 1), (9.0, 0)])
+def test_a_missed_bar_is_said_and_ends_with_1(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slower: float,
+    expected: int,
+) -> None:
+    found = [{**row, "peak_mib": 900} for row in rows_of(tmp_path, slower)]
+    monkeypatch.setattr(end_to_end, "prepare", lambda *_: place_in(tmp_path))
+    monkeypatch.setattr(end_to_end, "measure", lambda *_: found)
+    assert end_to_end.main(["--results", str(tmp_path)]) == expected
+    assert ("missed: slide2vec torch" in capsys.readouterr().err) == bool(expected)
+    assert len((tmp_path / end_to_end.CSV_NAME).read_text().splitlines()) == 9
+
+
 def test_rows_bars_and_picture(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, 2.0)
     assert len(rows) == 8

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +15,12 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
+import simplejpeg
 import tifffile
 
+from modaltune.engine._slide_tags import read_tiff_tags
 from modaltune.engine.decode_read import ReadShape, read_group
 from modaltune.engine.errors import SlideError
 from modaltune.engine.file_tiles import FileTiles, can_decode, open_file_tiles
@@ -181,6 +187,109 @@ def test_short_deflate_is_damage(tmp_path: Path) -> None:
         tiles.read(0, 128)
 
 
+def write_jpegs(path: Path, streams: list[bytes], columns: int, size: tuple[int, int]) -> Path:
+    """Write JPEG streams as the tiles of 128 px of a slide."""
+    assert len(streams) == columns * -(-size[1] // 128)
+    tifffile.imwrite(
+        path, iter(streams), shape=(size[1], size[0], 3), dtype=np.uint8, tile=(128, 128),
+        compression="jpeg", photometric="ycbcr", subsampling=(2, 2), metadata=None,
+    )  # fmt: skip
+    return path
+
+
+def encoded(rgb: Rgb) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), 90, "RGB", "420"))
+
+
+def test_tiles_cut_at_the_edge_are_left_to_the_reader(tmp_path: Path) -> None:
+    """Some writers store in the last row only what lies inside."""
+    rgb = smooth(228, 256)
+    pieces = [rgb[y : y + 128, x : x + 128] for y in (0, 128) for x in (0, 128)]
+    path = write_jpegs(tmp_path / "a.tif", [encoded(piece) for piece in pieces], 2, (256, 228))
+    with open_slide(path, base_mpp=0.5) as slide:
+        assert mean_difference(slide.read_region((0, 0), (256, 228)), rgb) < 3
+        assert open_file_tiles(slide, 0) is None
+
+
+@pytest.mark.parametrize("kind", ["large", "small", "grey", "cmyk"])
+def test_a_jpeg_of_another_size_or_colour_is_no_tile(tmp_path: Path, kind: str) -> None:
+    whole = encoded(smooth(128, 128))
+    buffer = io.BytesIO()
+    if kind in ("large", "small"):
+        side = 256 if kind == "large" else 112
+        other = encoded(smooth(side, side))
+    else:
+        mode = "L" if kind == "grey" else "CMYK"
+        PIL.Image.fromarray(smooth(128, 128)).convert(mode).save(buffer, "jpeg")
+        other = buffer.getvalue()
+    path = write_jpegs(tmp_path / "a.tif", [whole, other, whole, whole], 2, (256, 256))
+    with FileTiles(path, read_tiff_tags(path).levels[0]) as tiles:
+        for read in (tiles.read, tiles.read_half):
+            read(0, 0)
+            with pytest.raises(SlideError, match=r"file tile 1 of .* must decode to 128 x 128 px"):
+                read(128, 0)
+
+
+def test_padding_before_the_end_is_no_damage(tmp_path: Path) -> None:
+    whole = encoded(smooth(128, 128))
+    streams = [whole] + [whole[:-2] + bytes(n) + whole[-2:] for n in range(1, 40)]
+    path = write_jpegs(tmp_path / "a.tif", streams, len(streams), (128 * len(streams), 128))
+    with FileTiles(path, read_tiff_tags(path).levels[0]) as tiles:
+        expected = tiles.read(0, 0).copy()
+        for index in range(1, len(streams)):
+            np.testing.assert_array_equal(tiles.read(128 * index, 0), expected)
+
+
+def test_a_progressive_jpeg_is_read_whole_and_a_cut_one_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(smooth(128, 128)).save(buffer, "jpeg", progressive=True)
+    whole = buffer.getvalue()
+    path = write_jpegs(tmp_path / "a.tif", [whole, whole[: -len(whole) // 4]], 2, (256, 128))
+    with FileTiles(path, read_tiff_tags(path).levels[0]) as tiles:
+        assert mean_difference(tiles.read(0, 0), smooth(128, 128)) < 5
+        with pytest.raises(SlideError, match="Premature end"):
+            tiles.read(128, 0)
+
+
+def test_bytes_that_the_disk_does_not_give_cost_the_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pyramid(tmp_path / "a.tif", smooth(256, 256), mpp=0.25, tile_px=128)
+    with opened(path) as (slide, tiles):
+
+        def unreadable(*_: object) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "pread", unreadable)
+        out = np.zeros((1, 128, 128, 3), dtype=np.uint8)
+        assert read_group(slide, np.array([[0, 0]]), ReadShape(0, 128, 128), out, tiles).all()
+
+
+def test_a_surprise_while_they_are_opened_leaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pyramid(tmp_path / "a.tif", smooth(256, 256), mpp=0.25, tile_px=128)
+    with open_slide(path) as slide:
+
+        def surprise(*_: object) -> Rgb:
+            raise MemoryError
+
+        monkeypatch.setattr(slide, "read_at", surprise)
+        before = sorted(os.listdir("/proc/self/fd"))
+        with pytest.raises(MemoryError):
+            open_file_tiles(slide, 0)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("value", [200_000_000, (300, 400)])
+def test_a_tag_of_tables_that_holds_numbers_is_passed_over(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "a.tif"
+    count = len(value) if isinstance(value, tuple) else 1
+    tag = (347, "I", count, value, True)
+    tifffile.imwrite(path, smooth(64, 64), photometric="rgb", metadata=None, extratags=[tag])
+    assert read_tiff_tags(path).levels[0].jpeg_tables == b""
+
+
 def test_other_pixels_than_the_readers_are_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,25 +385,21 @@ def test_a_damaged_tile_raises_and_a_group_reads_around_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "is_ours"),
-    [
-        ({"compression": "jpeg", "tile": (128, 128)}, True),
-        ({"compression": "adobe_deflate", "tile": (128, 128)}, True),
-        ({"compression": "adobe_deflate", "tile": (128, 128), "predictor": True}, False),
-        ({"compression": "lzw", "tile": (128, 128)}, False),
-        ({"compression": "jpeg", "tile": (32, 32)}, False),
-        ({"compression": "jpeg"}, False),
-        ({"tile": (128, 128)}, False),
-    ],
+    ("compression", "tile_px", "is_ours"),
+    [("jpeg", 128, True), ("deflate", 128, True), ("lzw", 128, False), ("jpeg", 32, False)],
 )
-def test_which_files_are_read_so(tmp_path: Path, options: dict[str, Any], is_ours: bool) -> None:
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, smooth(256, 256), photometric="rgb", metadata=None, **options)
-    with open_slide(path, base_mpp=0.5) as slide:
+def test_which_files_are_read_so(
+    tmp_path: Path, compression: Compression, tile_px: int, is_ours: bool
+) -> None:
+    path = write_pyramid(
+        tmp_path / "a.tif", smooth(256, 256), mpp=0.5, tile_px=tile_px, compression=compression
+    )
+    with open_slide(path) as slide:
+        assert slide.name == "cucim"
         found = open_file_tiles(slide, 0)
     assert (found is not None) == is_ours
     if found is not None:
-        assert found.can_halve == (options["compression"] == "jpeg")
+        assert found.can_halve == (compression == "jpeg")
         found.close()
 
 
