@@ -1,8 +1,8 @@
 """Read one group of tiles as planned, straight into memory that the caller gives.
 
-The pixels of a sound file are those of `engine.tiling.read_tiles`, bit for bit, whatever the plan: a
-part cut out of a larger read is that part read by itself, and an average over whole blocks of pixels
-does not depend on where the image around them was cut.
+The pixels of a sound file are those of `engine.tiling.read_tiles`, bit for bit, whatever the plan:
+a part cut out of a larger read is that part read by itself, and an average over whole blocks of
+pixels does not depend on where the image around them was cut.
 """
 
 from __future__ import annotations
