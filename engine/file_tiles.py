@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -211,11 +212,8 @@ class FileTiles:
         if not is_baseline:
             self._check_frame(stream, x, y)
         try:
-            return _decode_jpeg(stream, target, factor, is_strict=True)
+            return _decode_jpeg(stream, target, factor)
         except ValueError as error:
-            # Zeros before the end marker are padding, not what damage leaves.
-            if _PADDED in str(error) and data.endswith(_PADDING + _END):
-                return _decode_jpeg(stream, target, factor, is_strict=False)
             raise self._damaged(x, y, str(error)) from error
 
     def _check_frame(self, stream: bytes, x: int, y: int) -> None:
@@ -252,11 +250,22 @@ class FileTiles:
         self.close()
 
 
-def _decode_jpeg(stream: bytes, target: Rgb, factor: int, *, is_strict: bool) -> Rgb:
-    """Decode a stream of a known size into memory of that size over a factor."""
+def _decode_jpeg(stream: bytes, target: Rgb, factor: int) -> Rgb:
+    """Decode a stream of a known size into memory of that size over a factor.
+
+    Raises:
+        ValueError: It is damaged, or of another size.
+    """
     height, width = target.shape[:2]
     wanted = {"min_height": height, "min_width": width, "min_factor": factor} if factor > 1 else {}
-    tile = simplejpeg.decode_jpeg(stream, "RGB", buffer=target, strict=is_strict, **wanted)
+    decode = partial(simplejpeg.decode_jpeg, stream, "RGB", buffer=target, **wanted)
+    try:
+        tile = decode()
+    except ValueError as error:
+        # Zeros before the end marker are padding, not what damage leaves.
+        if not (_PADDED in str(error) and stream.endswith(_PADDING + _END)):
+            raise
+        tile = decode(strict=False)
     if tile.shape != target.shape:
         raise ValueError(f"an image of {tile.shape[1]} x {tile.shape[0]} px")
     return target
