@@ -8,6 +8,7 @@ processor, torch, numpy, number of threads and `OPENBLAS_*` environment.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import platform
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,6 +78,17 @@ def pin_products(library: str | None) -> None:
     if library is not None:
         _check(library, "library")
     _pinned = library
+
+
+@contextlib.contextmanager
+def products_kept() -> Iterator[None]:
+    """Keep the library that is in use now, whatever number of threads torch has meanwhile."""
+    global _pinned
+    before, _pinned = _pinned, product_choice().library
+    try:
+        yield
+    finally:
+        _pinned = before
 
 
 def _check(library: str, name: str) -> None:

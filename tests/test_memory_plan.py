@@ -20,7 +20,12 @@ from modaltune.cli import app
 from modaltune.config import ModalTuneConfig
 from modaltune.engine.device import check_device
 from modaltune.errors import InputError
-from modaltune.kernels.frozen_product.api import pin_products, product_libraries
+from modaltune.kernels.frozen_product.api import (
+    ProductChoice,
+    pin_products,
+    product_choice,
+    product_libraries,
+)
 from modaltune.memory_plan import (
     MODES,
     RECOMPUTE,
@@ -149,6 +154,20 @@ def test_the_forward_formula_holds_whatever_computes_products(library: str) -> N
         run()
         _, counted = count_memory(run, CPU)
         assert plan.activations(Setting("forward")) == pytest.approx(counted.peak, rel=BAR)
+    finally:
+        pin_products(None)
+
+
+def test_counting_on_one_thread_keeps_the_library_of_all() -> None:
+    """The fastest on one thread may be another, which packs no weights."""
+    before = product_choice()
+    seen, _ = count_memory(lambda: (torch.get_num_threads(), product_choice()), CPU)
+    assert seen == (1, ProductChoice(before.library, "pinned", {}))
+    assert product_choice() == before
+    pin_products("torch")
+    try:
+        assert count_memory(product_choice, CPU)[0].library == "torch"
+        assert product_choice().library == "torch"
     finally:
         pin_products(None)
 

@@ -12,6 +12,7 @@ from modaltune.kernels._product_choice import known_product_choice as known_prod
 from modaltune.kernels._product_choice import pin_products as pin_products
 from modaltune.kernels._product_choice import product_choice as product_choice
 from modaltune.kernels._product_choice import product_libraries as product_libraries
+from modaltune.kernels._product_choice import products_kept as products_kept
 from modaltune.kernels._products import PACKED
 from modaltune.kernels._products import most_packed_bytes as most_packed_bytes
 from modaltune.kernels.frozen_product import ops
